@@ -1,0 +1,3 @@
+from wanda.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: lazy reading, crash-safe writing, the packed sparse format."""

@@ -1,0 +1,186 @@
+"""Tensors of safetensors files, read one at a time with pread and written whole or not at all.
+
+Reading maps nothing: mapped pages count as resident memory for as long as they are mapped, and the promise is
+that no more than one block is in memory. The format is that of https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanda.errors import RunError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: file, type, shape, first byte from the start of the file, number of bytes."""
+
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own; raises RunError when the file cannot be read to its end."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if self.nbytes:
+            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            try:
+                descriptor = os.open(self.file, os.O_RDONLY)
+                try:
+                    done = 0
+                    while done < self.nbytes:
+                        got = os.preadv(descriptor, [view[done : done + (1 << 30)]], self.offset + done)
+                        if got == 0:
+                            raise RunError(
+                                f"{self.file} ends inside {self.key}; the file is cut short: copy it again"
+                            )
+                        done += got
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise RunError(
+                    f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file"
+                ) from error
+        return tensor
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata of one safetensors file, every offset checked against the file's size.
+
+    Raises RunError naming the file for anything that is not a whole safetensors file.
+    """
+
+    def corrupt(why: str) -> RunError:
+        return RunError(f"{file} is not a whole safetensors file: {why}; copy or download it again")
+
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            first = stream.read(8)
+            if len(first) < 8:
+                raise corrupt("it is shorter than its header")
+            length = int.from_bytes(first, "little")
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise corrupt(f"its header claims {length} bytes of {size}")
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError as error:
+                raise corrupt("its header is no JSON") from error
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({error.strerror})") from error
+    if not isinstance(header, dict):
+        raise corrupt("its header is no table")
+    metadata = header.pop("__metadata__", {}) or {}
+    start = 8 + length
+    entries: dict[str, Entry] = {}
+    for key, value in header.items():
+        try:
+            dtype = DTYPES[value["dtype"]]
+            shape = tuple(int(n) for n in value["shape"])
+            begin, end = (int(n) for n in value["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise corrupt(f"the entry of {key} is malformed or of an unknown type") from error
+        nbytes = math.prod(shape) * dtype.itemsize
+        if min((*shape, begin), default=0) < 0 or end - begin != nbytes or start + end > size:
+            raise corrupt(f"{key} does not fit the file")
+        entries[key] = Entry(file, key, dtype, shape, start + begin, nbytes)
+    return entries, metadata
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8
+) -> int:
+    """Write a safetensors file under a temporary name, flush it to the disk, rename it; returns its size in bytes.
+
+    Tensors are laid out in the order of the mapping; an Entry is copied from its file in pieces, never whole in memory.
+    Raises RunError when the disk is full or cannot be written; nothing is left under `path` then.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, tensor in tensors.items():
+        nbytes = tensor.nbytes
+        header[key] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
+        offset += nbytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-(8 + len(head)) % align)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(len(head).to_bytes(8, "little") + head)
+            for tensor in tensors.values():
+                for piece in _pieces(tensor):
+                    stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+            size = stream.tell()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
+        ) from error
+    return size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview | bytes]:
+    if isinstance(tensor, Entry):
+        with open(tensor.file, "rb") as source:
+            source.seek(tensor.offset)
+            left = tensor.nbytes
+            while left:
+                piece = source.read(min(left, 1 << 24))
+                if not piece:
+                    raise RunError(
+                        f"{tensor.file} ends inside {tensor.key}; the file is cut short: copy it again"
+                    )
+                left -= len(piece)
+                yield piece
+    elif tensor.nbytes:
+        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

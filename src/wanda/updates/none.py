@@ -1,0 +1,21 @@
+"""None: the survivors keep their values (Wanda, arXiv:2306.11695; magnitude)."""
+
+from __future__ import annotations
+
+import torch
+
+from wanda.statistics import Needs
+from wanda.updates import UPDATES, Problem
+
+
+@UPDATES.register
+class NoUpdate:
+    """Select once over all columns; survivors stay bit-identical."""
+
+    needs = Needs.NOTHING
+    owns_mask = False
+    takes_chain = False
+
+    def __call__(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = problem.select(problem.weight, slice(None))
+        return torch.where(mask, problem.weight, 0), mask
