@@ -51,9 +51,7 @@ class Composition:
 
         Raises RunError when scores or updated weights are not finite.
         """
-        problem = Problem(
-            weight, statistics, pattern, self._select(weight, statistics, pattern, name), self.inherit
-        )
+        problem = Problem(weight, statistics, pattern, self._select(weight, statistics, pattern, name), self.inherit)
         for update in self.update.split("+"):
             problem.solution, problem.mask = UPDATES.get(update)(problem)
         assert problem.solution is not None and problem.mask is not None
@@ -76,9 +74,7 @@ class Composition:
         def select(columns_weight: Tensor, columns: slice) -> Tensor:
             scores = scorer(columns_weight, columns)
             if not bool(torch.isfinite(scores).all()):
-                raise RunError(
-                    f"{name}: the {self.score} scores are not finite; the weights or activations overflowed"
-                )
+                raise RunError(f"{name}: the {self.score} scores are not finite; the weights or activations overflowed")
             return pattern.mask(scores)
 
         return select

@@ -120,18 +120,14 @@ class NM:
         """ "2:4" -> NM(2, 4); raises ConfigurationError when it is no N:M with 1 <= N <= M."""
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if not match:
-            raise ConfigurationError(
-                f"pattern {text!r} is not of the form N:M, such as 2:4 (N survive of every M)"
-            )
+            raise ConfigurationError(f"pattern {text!r} is not of the form N:M, such as 2:4 (N survive of every M)")
         n, m = int(match[1]), int(match[2])
         if n > m:
             raise ConfigurationError(
                 f"pattern {text}: N = {n} weights cannot survive of M = {m}; did you mean {m}:{n}?"
             )
         if n < 1:
-            raise ConfigurationError(
-                f"pattern {text}: N must be at least 1, the number that survives of every M"
-            )
+            raise ConfigurationError(f"pattern {text}: N must be at least 1, the number that survives of every M")
         return NM(n, m)
 
 

@@ -63,16 +63,12 @@ class Entry:
                     while done < self.nbytes:
                         got = os.preadv(descriptor, [view[done : done + (1 << 30)]], self.offset + done)
                         if got == 0:
-                            raise RunError(
-                                f"{self.file} ends inside {self.key}; the file is cut short: copy it again"
-                            )
+                            raise RunError(f"{self.file} ends inside {self.key}; the file is cut short: copy it again")
                         done += got
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                raise RunError(
-                    f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file"
-                ) from error
+                raise RunError(f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file") from error
         return tensor
 
 
@@ -119,9 +115,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8
-) -> int:
+def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8) -> int:
     """Write a safetensors file under a temporary name, flush it to the disk, rename it; returns its size in bytes.
 
     Tensors are laid out in the order of the mapping; an Entry is copied from its file in pieces, never whole in memory.
@@ -177,9 +171,7 @@ def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview | bytes]:
             while left:
                 piece = source.read(min(left, 1 << 24))
                 if not piece:
-                    raise RunError(
-                        f"{tensor.file} ends inside {tensor.key}; the file is cut short: copy it again"
-                    )
+                    raise RunError(f"{tensor.file} ends inside {tensor.key}; the file is cut short: copy it again")
                 left -= len(piece)
                 yield piece
     elif tensor.nbytes:
