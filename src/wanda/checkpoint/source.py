@@ -1,0 +1,300 @@
+"""Where a model comes from: a local Hugging Face folder, a hub id, or a .gguf file; and loading it whole.
+
+Only safetensors weights are read. Everything else is refused here, before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanda.checkpoint.tensors import read_header
+from wanda.device import compute_dtype, pick_device
+from wanda.errors import ConfigurationError, MissingExtraError, RunError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken"]  # config, tokenizer, index, card
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it fetched or converted: $XDG_CACHE_HOME/wanda, else ~/.cache/wanda."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "wanda"
+
+
+def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False, revision: str | None = None) -> Path:
+    """The local folder of an ordinary safetensors checkpoint for `model`.
+
+    model: a Hugging Face folder; a hub id (fetched into the hub's cache, of which a warm one works offline); or a
+    .gguf file (dequantised once into a bfloat16 checkpoint in `cache_folder()`).
+    Raises ConfigurationError when there is no such model, or it has no config or weights, lacks a shard, is cut
+    short, holds pickles only, or is quantised.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _from_gguf(path)
+        raise ConfigurationError(
+            f"{text} is a file; a model is a folder with config.json and safetensors weights, a hub id or a .gguf file"
+        )
+    local = text.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors")
+    if local or not _REPOSITORY.fullmatch(text):
+        raise ConfigurationError(f"no such model: there is nothing at {text}{_similar(path)}")
+    return _from_hub(text, trust_remote_code, revision)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no whole, unquantised safetensors checkpoint; reads headers only.
+
+    Raises ConfigurationError with the reason and the cure.
+    """
+    config = read_config(folder)
+    _refuse_quantised(config, str(folder))
+    files = weight_files(folder)
+    for file in files:
+        try:
+            read_header(file)
+        except RunError as error:
+            raise ConfigurationError(str(error)) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint as a table; raises ConfigurationError when it is missing or malformed."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigurationError(
+            f"{folder} has no config.json, so it is not a Hugging Face model folder; give the folder that has it"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file} cannot be read ({error}); copy or download it again") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{file} is no table of options; copy or download it again")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sorted: those its index names, else the one file it has.
+
+    Raises ConfigurationError when there is none, one is missing, or there are only pickles.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigurationError(
+                f"{index} is no index of weights ({error!r}); copy or download it again"
+            ) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ConfigurationError(
+                f"{folder} lacks {len(missing)} of its {len(names)} weight files ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}); download or copy them too"
+            )
+        return [folder / name for name in names]
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise ConfigurationError(
+            f"{folder} has {len(files)} safetensors files but no model.safetensors.index.json that says what is where; "
+            "copy the index too"
+        )
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ConfigurationError(
+            f"{folder} holds its weights as pickle files only ({pickles[0]}), which can run any code when they are "
+            "opened; only safetensors is read: load the model where you trust it and save_pretrained() it again"
+        )
+    raise ConfigurationError(f"{folder} has a config.json but no weights (*.safetensors); copy or download them too")
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a resolved folder; ConfigurationError for an architecture that is not known."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
+
+
+def load_model(
+    path: Path, dtype: str = "auto", device: str | torch.device = "auto", trust_remote_code: bool = False
+) -> Any:
+    """The causal language model of a resolved folder, whole, in eval mode on `device`, in `compute_dtype`'s type.
+
+    Raises ConfigurationError when transformers has no causal model for its config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, trust_remote_code)
+    place = pick_device(device) if isinstance(device, str) else device
+    kind = compute_dtype(place, dtype, stored_dtype(config))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
+    return model.to(place).eval()
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a resolved folder; ConfigurationError when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path} has no tokenizer that can be loaded ({_first_line(error)}); "
+            "copy tokenizer.json and tokenizer_config.json from the original model"
+        ) from error
+
+
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """The type that a config says its weights are stored in, None when it does not say."""
+    dtype = getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _unknown_architecture(path: Path, error: Exception, trusted: bool) -> str:
+    if "trust_remote_code" in str(error) and not trusted:
+        return "the model brings code of its own; read it, and allow it with --trust-remote-code"
+    name = read_config(path).get("model_type", "?")
+    return f"transformers cannot load it as a causal language model (model_type {name!r}): {_first_line(error)}"
+
+
+def _refuse_quantised(config: dict[str, Any], name: str) -> None:
+    quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise ConfigurationError(
+            f"{name} is a quantised checkpoint ({method}); prune the original, unquantised model, then quantise the result"
+        )
+
+
+def _similar(path: Path) -> str:
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(str(folder / name) for name in close)}?" if close else ""
+
+
+def _from_hub(name: str, trust_remote_code: bool, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*.safetensors"])
+        )
+        _refuse_quantised(read_config(folder), name)  # before gigabytes are fetched
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*small, "*.safetensors"],
+                ignore_patterns=["*/*.safetensors", "consolidated*"],  # copies of the weights in other layouts
+            )
+        )
+    except GatedRepoError as error:
+        raise ConfigurationError(
+            f"{name} is gated on the hub: accept its terms at https://huggingface.co/{name}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigurationError(f"{name} on the hub has no revision {revision!r}; leave --revision away") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigurationError(
+            f"no such model: there is neither a folder {name} nor a public hub repository of that name; check the "
+            "spelling, or log in with `hf auth login` when it is private"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigurationError(
+            f"no such model: there is no folder {name}, and the hub cannot be asked for it and its cache does not hold "
+            f"it ({_first_line(error)}); check the path or the network"
+        ) from error
+    try:
+        check_folder(folder)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"hub model {name}: {error}") from error
+    return folder
+
+
+def _from_gguf(file: Path) -> Path:
+    """Dequantise a .gguf file into an ordinary bfloat16 checkpoint, once: the cache's key is the file's sha256."""
+    with open(file, "rb") as stream:
+        key = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / key
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{key}.{os.getpid()}.partial")
+    try:
+        _dequantise(file, partial)
+        check_folder(partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first; both hold the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise MissingExtraError(f"reading {file}", "gguf", "gguf")
+    options: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        if hasattr(transformers, "GgufConfig"):  # since it can keep weights packed, that has to be declined
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, IndexError) as error:
+        raise ConfigurationError(
+            f"{file} cannot be read as a GGUF model ({_first_line(error)}); download it again, or use the original model"
+        ) from error
+    # A model that came from GGUF refuses to be saved for as long as it knows its quantiser.
+    model.hf_quantizer = None
+    for holder in (model, model.config):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
