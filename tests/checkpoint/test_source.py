@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from models import tiny_llama
 
+from models import tiny_llama
 from wanda.checkpoint.source import load_config, load_model, load_tokenizer, resolve, stored_dtype, weight_files
 from wanda.device import compute_dtype, pick_device
 from wanda.errors import ConfigurationError
@@ -58,7 +58,7 @@ def test_missing_model_names_its_neighbours(tiny: Path) -> None:
 
 def test_hub_model_that_is_not_cached_is_explained_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigurationError, match="no such model.*no folder org/name.*hub.*network"):
+    with pytest.raises(ConfigurationError, match=r"no such model.*no folder org/name.*hub.*network"):
         resolve("org/name")
 
 
@@ -102,7 +102,7 @@ def test_folders_that_are_no_whole_checkpoint(tiny: Path, tmp_path: Path) -> Non
         resolve(folder)
 
     weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigurationError, match="pickle files only.*only safetensors is read"):
+    with pytest.raises(ConfigurationError, match=r"pickle files only.*only safetensors is read"):
         resolve(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ConfigurationError, match="no weights"):
@@ -134,7 +134,7 @@ def test_architecture_that_is_unknown_or_brings_code(tiny: Path, tmp_path: Path)
         load_config(folder)
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config | own))
-    with pytest.raises(ConfigurationError, match="code of its own.*--trust-remote-code"):
+    with pytest.raises(ConfigurationError, match=r"code of its own.*--trust-remote-code"):
         load_config(folder)
 
 
@@ -142,7 +142,7 @@ def test_folder_without_tokenizer(tiny: Path, tmp_path: Path) -> None:
     folder = copy(tiny, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(ConfigurationError, match="no tokenizer that can be loaded.*copy"):
+    with pytest.raises(ConfigurationError, match=r"no tokenizer that can be loaded.*copy"):
         load_tokenizer(folder)
 
 
@@ -210,7 +210,7 @@ def test_broken_gguf_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_device_and_type_that_are_not_there() -> None:
-    with pytest.raises(ConfigurationError, match="device 'tpu9'.*choose cpu"):
+    with pytest.raises(ConfigurationError, match=r"device 'tpu9'.*choose cpu"):
         pick_device("tpu9")
     with pytest.raises(ConfigurationError, match="did you mean bfloat16"):
         compute_dtype(torch.device("cpu"), "bfloat61")
