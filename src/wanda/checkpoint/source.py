@@ -177,6 +177,11 @@ def stored_dtype(config: Any) -> torch.dtype | None:
     return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
+def context_length(config: Any) -> int | None:
+    """How many tokens a model can see at once, by its config; None for a model without such a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
