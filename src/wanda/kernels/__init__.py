@@ -1,0 +1,1 @@
+"""C kernels and what stands in for them where they are not built."""

@@ -1,0 +1,50 @@
+/* Matrices stored as surviving values, a bit mask and row offsets (docs/packed-format.md), and products with them. */
+#ifndef WANDA_PACKED_H
+#define WANDA_PACKED_H
+
+#include <stdint.h>
+
+#include "parallel.h"
+
+enum { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVELS };
+enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
+enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
+       SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
+
+/* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
+typedef struct {
+    int kind;
+    int64_t rows, width;
+    const uint64_t *mask;    /* [rows, (width + 63) / 64], bit j % 64 of word j / 64 is column j */
+    const uint32_t *offsets; /* [rows + 1] into values */
+    const void *values;
+} matrix;
+
+/* out[c, r] = sum over j of matrix[r, j] x[c, j], plus bias[r], accumulated in float32.
+   x, out and bias have the matrix's kind; strides are in elements. */
+typedef struct {
+    matrix m;
+    const void *x;
+    int64_t x_stride, columns;
+    void *out;
+    int64_t out_stride;
+    const void *bias; /* [rows] or NULL */
+} product;
+
+int best_level(void); /* of this processor and operating system */
+
+/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns. */
+int matrix_product(const product *p, int level, int threads, gomp_parallel pool);
+
+/* Writes rows [first, last) as dense [last - first, width] elements. */
+void expand_rows(const matrix *m, int64_t first, int64_t last, void *out, int level, int threads, gomp_parallel pool);
+
+/* The first row whose offsets, mask bits and column bound do not fit together, or -1 when all do and no kernel can
+   read beyond `capacity` values. */
+int64_t first_bad_row(const matrix *m, int64_t capacity, int threads, gomp_parallel pool);
+
+/* out [columns, rows] for any number of columns, x and out bfloat16: tiles are expanded into cache and multiplied
+   there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 when memory is short. */
+int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
+
+#endif

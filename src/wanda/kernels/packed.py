@@ -1,0 +1,226 @@
+"""Matrices stored as surviving values, a bit mask and row offsets, and products with them (docs/packed-format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wanda.errors import RunError
+from wanda.kernels.native import LEVELS, level, native, pool
+
+KINDS = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+}  # the types that can be packed, as packed.h numbers them
+SLACK = 32  # values that may be read behind the last one
+ALIGNMENT = 64  # bytes; every part is padded to it
+MOST_SURVIVORS = 2**32 - 1  # what an offset can hold
+COLUMNS = 16  # up to here the matrix-vector kernels run
+_TILE = 1 << 21  # weights expanded at a time where torch multiplies
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+def words(width: int) -> int:
+    """64-bit mask words of a row of `width` weights."""
+    return -(-width // 64)
+
+
+def _padded(count: int, itemsize: int) -> int:
+    return -(-count * itemsize // ALIGNMENT) * ALIGNMENT // itemsize
+
+
+def part_lengths(out: int, width: int, survivors: int, dtype: torch.dtype) -> dict[str, int]:
+    """Elements of each part of a packed [out, width] matrix: mask (8 bytes each), offsets (4), values (of dtype)."""
+    return {
+        "mask": _padded(out * words(width), 8),
+        "offsets": _padded(out + 1, 4),
+        "values": _padded(survivors + SLACK, dtype.itemsize),
+    }
+
+
+def packed_size(out: int, width: int, survivors: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed [out, width] matrix."""
+    parts = part_lengths(out, width, survivors, dtype)
+    return 8 * parts["mask"] + 4 * parts["offsets"] + dtype.itemsize * parts["values"]
+
+
+def count_survivors(dense: Tensor) -> int:
+    """Weights whose bits are not all zero: -0.0 and NaN survive, so that packing loses nothing."""
+    return int(torch.count_nonzero(dense.view(_BITS[dense.element_size()])))
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A sparse [out, width] matrix that stays packed in memory.
+
+    mask: uint64 [>= out * words(width)]; bit j % 64 of word i * words(width) + j // 64 is set when weight (i, j) survives.
+    offsets: uint32 [>= out + 1]; row i's values are values[offsets[i]:offsets[i + 1]], in the order of columns.
+    values: bfloat16, float16 or float32 [>= survivors + SLACK].
+
+    The kernels trust mask and offsets: `fault()` must have been None for parts that come from outside.
+    """
+
+    out: int
+    width: int
+    mask: Tensor
+    offsets: Tensor
+    values: Tensor
+
+    @classmethod
+    def pack(cls, dense: Tensor) -> PackedMatrix:
+        """Pack a dense [out, width] matrix of bfloat16, float16 or float32, bit for bit."""
+        out, width = dense.shape
+        bits = dense.detach().cpu().contiguous().view(_BITS[dense.element_size()])
+        alive = bits != 0
+        survivors = alive.sum(dim=1)
+        lengths = part_lengths(out, width, int(survivors.sum()), dense.dtype)
+        mask = np.zeros(lengths["mask"] * 8, dtype=np.uint8)
+        rows = np.packbits(alive.numpy(), axis=1, bitorder="little")
+        mask[: out * words(width) * 8].reshape(out, words(width) * 8)[:, : rows.shape[1]] = rows
+        offsets = np.zeros(lengths["offsets"], dtype="<u4")
+        offsets[1 : out + 1] = np.cumsum(survivors.numpy())
+        values = torch.zeros(lengths["values"], dtype=dense.dtype)
+        taken = bits[alive]
+        values.view(bits.dtype)[: taken.numel()] = taken
+        return cls(out, width, torch.from_numpy(mask.view("<u8")), torch.from_numpy(offsets), values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def survivors(self) -> int:
+        return int(self.offsets.view(torch.int32)[self.out]) & 0xFFFFFFFF
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, padding included."""
+        return self.mask.nbytes + self.offsets.nbytes + self.values.nbytes
+
+    @cached_property
+    def _description(self) -> tuple[int, ...]:
+        parts = (self.mask.data_ptr(), self.offsets.data_ptr(), self.values.data_ptr())
+        return (KINDS[self.dtype], self.out, self.width, *parts)
+
+    def fault(self) -> str | None:
+        """What is wrong with the structure, in words; None when no kernel can read out of bounds."""
+        lengths = part_lengths(self.out, self.width, 0, self.dtype)
+        for name in ("mask", "offsets", "values"):
+            part: Tensor = getattr(self, name)
+            if part.numel() < lengths[name] or not part.is_contiguous():
+                return f"its {name} are too short for {self.out} x {self.width} weights"
+        module = native()
+        if module is not None:
+            bad = module.packed_check(*self._description, self.values.numel(), torch.get_num_threads(), pool())
+        else:
+            bad = self._first_bad_row()
+        return None if bad < 0 else f"mask, offsets and number of values do not agree in row {bad}"
+
+    def _first_bad_row(self) -> int:
+        mask = self.mask.numpy()[: self.out * words(self.width)].reshape(self.out, words(self.width))
+        offsets = self.offsets.numpy()[: self.out + 1].astype(np.int64)
+        if offsets[0] != 0 or self.values.numel() < SLACK:
+            return 0
+        bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")
+        bad = np.diff(offsets) != bits.sum(axis=1, dtype=np.int64)
+        bad |= offsets[1:] + SLACK > self.values.numel()
+        bad |= bits[:, self.width :].any(axis=1)
+        return int(bad.argmax()) if bad.any() else -1
+
+    def dense(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) as a dense [rows, width] tensor, bit for bit."""
+        last = self.out if last is None else last
+        dense = torch.empty(last - first, self.width, dtype=self.dtype)
+        module = native()
+        if module is not None:
+            threads = torch.get_num_threads()
+            module.packed_expand(*self._description, level(), threads, pool(), first, last, dense.data_ptr())
+            return dense
+        mask = self.mask.numpy()[first * words(self.width) : last * words(self.width)].reshape(
+            last - first, words(self.width)
+        )
+        alive = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little", count=self.width).astype(bool)
+        begin, end = (int(n) for n in self.offsets.numpy()[[first, last]])
+        bits = dense.view(_BITS[dense.element_size()]).zero_()
+        bits[torch.from_numpy(alive)] = self.values.view(bits.dtype)[begin:end]
+        return dense
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        step = max(1, _TILE // max(1, self.width))
+        for first in range(0, self.out, step):
+            yield first, min(self.out, first + step)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., width] times the matrix's transpose, plus bias [out]: what functional.linear gives for `dense()`.
+
+        Sums are taken in float32. Raises RunError when x or bias is not of the matrix's type, on the CPU, [..., width].
+        """
+        if x.dtype != self.dtype or x.shape[-1] != self.width or not x.is_cpu:
+            raise RunError(
+                f"a packed {self.dtype} layer of {self.width} inputs on the CPU cannot take {tuple(x.shape)} of {x.dtype} "
+                f"on {x.device}; load the model where it is wanted, or unpack the checkpoint"
+            )
+        if bias is not None and (bias.dtype != self.dtype or not bias.is_contiguous() or bias.numel() != self.out):
+            raise RunError(f"the bias of a packed {self.dtype} layer of {self.out} outputs is {bias.dtype}")
+        columns = x.reshape(-1, self.width)
+        if columns.stride(1) != 1:
+            columns = columns.contiguous()
+        if native() is None or (columns.shape[0] > COLUMNS and not tiled(self.dtype)):
+            parts = [
+                functional.linear(columns, self.dense(a, b), None if bias is None else bias[a:b])
+                for a, b in self._tiles()
+            ]
+            result = (
+                parts[0]
+                if len(parts) == 1
+                else torch.cat(parts, dim=1)
+                if parts
+                else columns.new_empty(len(columns), 0)
+            )
+        else:
+            result = _multiply(self._description, columns, bias)
+        return result.reshape(*x.shape[:-1], self.out)
+
+
+def tiled(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel of our own for more than COLUMNS columns."""
+    return dtype == torch.bfloat16 and LEVELS[level()] == "avx512_bf16"
+
+
+def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None) -> Tensor:
+    module = native()
+    assert module is not None
+    out = torch.empty(columns.shape[0], description[1], dtype=columns.dtype)
+    module.packed_multiply(
+        *description,
+        level(),
+        torch.get_num_threads(),
+        pool(),
+        columns.data_ptr(),
+        columns.stride(0),
+        columns.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        0 if bias is None else bias.data_ptr(),
+    )
+    return out
+
+
+def dense_multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """functional.linear(x, weight, bias) by our own dense kernel; only where `tiled(weight.dtype)` holds.
+
+    weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width].
+    """
+    out, width = weight.shape
+    columns = x.reshape(-1, width)
+    if columns.stride(1) != 1:
+        columns = columns.contiguous()
+    description = (KINDS[weight.dtype], out, width, 0, 0, weight.data_ptr())
+    return _multiply(description, columns, bias).reshape(*x.shape[:-1], out)

@@ -1,0 +1,89 @@
+/* Python's view of packed.h. */
+#include <Python.h>
+
+#include "packed.h"
+
+enum { MOST_ARGUMENTS = 20 };
+
+/* Reads `count` integers; 0 after an exception. */
+static int integers(PyObject *const *arguments, Py_ssize_t given, int count, int64_t *out) {
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "expected %d integers, got %zd", count, given);
+        return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        out[i] = PyLong_AsLongLong(arguments[i]);
+        if (out[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+static matrix matrix_of(const int64_t *a) {
+    return (matrix){.kind = (int)a[0],
+                    .rows = a[1],
+                    .width = a[2],
+                    .mask = (const uint64_t *)(intptr_t)a[3],
+                    .offsets = (const uint32_t *)(intptr_t)a[4],
+                    .values = (const void *)(intptr_t)a[5]};
+}
+
+#define POOL(address) ((gomp_parallel)(intptr_t)(address))
+
+static PyObject *level_of_machine(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyLong_FromLong(best_level());
+}
+
+/* kind rows width mask offsets values | level threads pool | x x_stride columns out out_stride bias */
+static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    (void)self;
+    if (!integers(arguments, given, 15, a)) return NULL;
+    const product p = {.m = matrix_of(a),
+                       .x = (const void *)(intptr_t)a[9],
+                       .x_stride = a[10],
+                       .columns = a[11],
+                       .out = (void *)(intptr_t)a[12],
+                       .out_stride = a[13],
+                       .bias = (const void *)(intptr_t)a[14]};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    if (p.columns <= MOST_COLUMNS)
+        failed = matrix_product(&p, (int)a[6], (int)a[7], POOL(a[8]));
+    else
+        failed = matrix_product_tiled(&p, (int)a[7], POOL(a[8]));
+    Py_END_ALLOW_THREADS;
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+/* kind rows width mask offsets values | level threads pool | first last out */
+static PyObject *expand(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    (void)self;
+    if (!integers(arguments, given, 12, a)) return NULL;
+    const matrix m = matrix_of(a);
+    Py_BEGIN_ALLOW_THREADS;
+    expand_rows(&m, a[9], a[10], (void *)(intptr_t)a[11], (int)a[6], (int)a[7], POOL(a[8]));
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* kind rows width mask offsets values | capacity threads pool -> first bad row or -1 */
+static PyObject *check(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS], bad;
+    (void)self;
+    if (!integers(arguments, given, 9, a)) return NULL;
+    const matrix m = matrix_of(a);
+    Py_BEGIN_ALLOW_THREADS;
+    bad = first_bad_row(&m, a[6], (int)a[7], POOL(a[8]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLongLong(bad);
+}
+
+PyMethodDef packed_methods[] = {
+    {"best_level", level_of_machine, METH_NOARGS, "The best dispatch level of this machine."},
+    {"packed_multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "Product with a packed matrix."},
+    {"packed_expand", (PyCFunction)(void (*)(void))expand, METH_FASTCALL, "Rows of a packed matrix as dense ones."},
+    {"packed_check", (PyCFunction)(void (*)(void))check, METH_FASTCALL, "First row whose structure is wrong."},
+    {NULL, NULL, 0, NULL}};

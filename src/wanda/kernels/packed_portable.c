@@ -1,0 +1,37 @@
+/* Plain C: visits the set bits of the mask one by one. */
+#include "packed_rows.h"
+
+void portable_rows(const rows_job *job, int64_t first, int64_t last) {
+    const matrix *m = &job->p->m;
+    const float *x = job->x; /* [words * 64, columns] */
+    const int columns = job->columns;
+    for (int64_t row = first; row < last; row++) {
+        const uint64_t *mask = m->mask + row * job->words;
+        int64_t at = m->offsets[row];
+        float sums[MOST_COLUMNS] = {0};
+        for (int64_t word = 0; word < job->words; word++) {
+            for (uint64_t bits = mask[word]; bits; bits &= bits - 1) {
+                const float value = load_value(m->kind, m->values, at++);
+                const float *column = x + (word * 64 + __builtin_ctzll(bits)) * columns;
+                for (int c = 0; c < columns; c++) sums[c] += value * column[c];
+            }
+        }
+        store_row(job, row, sums);
+    }
+}
+
+void portable_expand(const matrix *m, int64_t row, void *out) {
+    const int64_t words = (m->width + 63) / 64;
+    const uint64_t *mask = m->mask + row * words;
+    int64_t at = m->offsets[row];
+    memset(out, 0, (size_t)m->width * (m->kind == KIND_F32 ? 4 : 2));
+    for (int64_t word = 0; word < words; word++) {
+        for (uint64_t bits = mask[word]; bits; bits &= bits - 1) {
+            const int64_t column = word * 64 + __builtin_ctzll(bits);
+            if (m->kind == KIND_F32)
+                ((uint32_t *)out)[column] = ((const uint32_t *)m->values)[at++];
+            else
+                ((uint16_t *)out)[column] = ((const uint16_t *)m->values)[at++];
+        }
+    }
+}
