@@ -92,7 +92,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise corrupt(f"its header claims {length} bytes of {size}")
             try:
                 header = json.loads(stream.read(length))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise corrupt("its header is no JSON") from error
     except OSError as error:
         raise RunError(f"{file} cannot be read ({error.strerror})") from error
@@ -106,7 +106,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             dtype = DTYPES[value["dtype"]]
             shape = tuple(int(n) for n in value["shape"])
             begin, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise corrupt(f"the entry of {key} is malformed or of an unknown type") from error
         nbytes = math.prod(shape) * dtype.itemsize
         if min((*shape, begin), default=0) < 0 or end - begin != nbytes or start + end > size:

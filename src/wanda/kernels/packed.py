@@ -60,7 +60,7 @@ def count_survivors(dense: Tensor) -> int:
 class PackedMatrix:
     """A sparse [out, width] matrix that stays packed in memory.
 
-    mask: uint64 [>= out * words(width)]; bit j % 64 of word i * words(width) + j // 64 is set when weight (i, j) survives.
+    mask: uint64 [>= out * words(width)]; bit j % 64 of word i * words(width) + j // 64 is set when (i, j) survives.
     offsets: uint32 [>= out + 1]; row i's values are values[offsets[i]:offsets[i + 1]], in the order of columns.
     values: bfloat16, float16 or float32 [>= survivors + SLACK].
 
@@ -164,8 +164,8 @@ class PackedMatrix:
         """
         if x.dtype != self.dtype or x.shape[-1] != self.width or not x.is_cpu:
             raise RunError(
-                f"a packed {self.dtype} layer of {self.width} inputs on the CPU cannot take {tuple(x.shape)} of {x.dtype} "
-                f"on {x.device}; load the model where it is wanted, or unpack the checkpoint"
+                f"a packed {self.dtype} layer of {self.width} inputs on the CPU cannot take {tuple(x.shape)} "
+                f"of {x.dtype} on {x.device}; load the model where it is wanted, or unpack the checkpoint"
             )
         if bias is not None and (bias.dtype != self.dtype or not bias.is_contiguous() or bias.numel() != self.out):
             raise RunError(f"the bias of a packed {self.dtype} layer of {self.out} outputs is {bias.dtype}")
