@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanda.errors import RunError
-from wanda.patterns import Pattern
+from wanda.allocation import ALLOCATIONS
+from wanda.errors import ConfigurationError, RunError, near
+from wanda.methods import METHODS
+from wanda.patterns import NM, Pattern, exact, group_named
 from wanda.scores import SCORES
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES, Problem
@@ -34,7 +40,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Composition:
-    """How to prune a matrix: a score's name (None when the update owns its mask) and a chain of updates `a+b`."""
+    """How to prune a matrix: a score's name (None when the update owns its mask) and a chain of updates `a+b`.
+
+    inherit: share a of the dense model's inputs in the target of the Gram-based updates.
+    """
 
     score: str | None
     update: str = "none"
@@ -46,38 +55,55 @@ class Composition:
         needs = [UPDATES.get(name).needs for name in self.update.split("+")]
         return max(needs + ([SCORES.get(self.score).needs] if self.score else []))
 
-    def prune(self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str) -> Pruned:
+    def prune(
+        self,
+        weight: Tensor,
+        statistics: Statistics,
+        pattern: Pattern,
+        name: str,
+        correction: Tensor | None = None,
+    ) -> Pruned:
         """Prune the matrix called `name` (for messages); weight: [out, in] float32, never written to.
 
-        Raises RunError when scores or updated weights are not finite.
+        correction: [out, in], see Problem. Raises RunError when scores or updated weights are not finite.
         """
-        problem = Problem(weight, statistics, pattern, self._select(weight, statistics, pattern, name), self.inherit)
+        select = self._select(weight, statistics, pattern, name)
+        problem = Problem(weight, statistics, pattern, select, self.inherit, correction)
+        if self.inherit and statistics.lag is None:
+            problem.inherit = 0.0
+            problem.notes.append("the dense model has no input that goes with this one: inherited errors not repaired")
         for update in self.update.split("+"):
             problem.solution, problem.mask = UPDATES.get(update)(problem)
         assert problem.solution is not None and problem.mask is not None
-        if not bool(torch.isfinite(problem.solution).all()):
-            raise RunError(
-                f"{name}: the update {self.update} gave values that are not finite; try more damping samples"
-            )
-        error, exact = relative_error(weight, problem.solution, statistics)
-        return Pruned(problem.solution, problem.mask, error, exact, problem.notes)
+        if not finite(problem.solution):
+            raise RunError(f"{name}: the update {self.update} gave values that are not finite; use more samples")
+        error, is_exact = relative_error(weight, problem.solution, statistics)
+        return Pruned(problem.solution, problem.mask, error, is_exact, statistics.notes + problem.notes)
 
-    def _select(self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str):
+    def _select(
+        self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str
+    ) -> Callable[[Tensor, slice], Tensor]:
         if self.score is None:
 
             def refuse(columns_weight: Tensor, columns: slice) -> Tensor:
-                raise RunError(f"{name}: the update {self.update} asked for a mask though it owns it")
+                raise RunError(f"{name}: the update {self.update} asked for a mask though no score was named")
 
             return refuse
         scorer = SCORES.get(self.score).prepare(weight, statistics)
+        width = weight.shape[1]
 
         def select(columns_weight: Tensor, columns: slice) -> Tensor:
             scores = scorer(columns_weight, columns)
-            if not bool(torch.isfinite(scores).all()):
+            if not finite(scores):
                 raise RunError(f"{name}: the {self.score} scores are not finite; the weights or activations overflowed")
-            return pattern.mask(scores)
+            return pattern.mask(scores, columns.start or 0, width)
 
         return select
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all values are finite; their sum tells nearly always, at a tenth of the price of looking at each."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def relative_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> tuple[float | None, bool]:
@@ -92,3 +118,105 @@ def relative_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> tup
         lost = (difference.square_() @ statistics.square_sum).sum(dtype=torch.float64)
         whole = (dense.square() @ statistics.square_sum).sum(dtype=torch.float64)
     return (float(lost / whole) if whole > 0 else 0.0), statistics.gram is not None
+
+
+def faults(
+    *,
+    method: str | None = None,
+    score: str | None = None,
+    update: str | None = None,
+    group: str | None = None,
+    variant: bool = False,
+    pattern: str | None = None,
+    sparsity: float | str | Fraction | None = None,
+    allocation: str | None = None,
+    inherit: float | None = None,
+) -> list[str]:
+    """Everything about these choices that makes no sense, one sentence each; None is the method's own choice.
+
+    method: a method's name; without one, score magnitude, group row, update none, allocation uniform.
+    pattern: N:M as text, or None for unstructured. Nothing is loaded but the modules of the choices.
+    """
+    found: list[str] = []
+
+    def known(registry: Any, name: str) -> bool:
+        if name in registry:
+            return True
+        found.append(f"unknown {registry.kind} {name!r}: {near(name, registry.names())}")
+        return False
+
+    base = METHODS.get(method) if method is not None and known(METHODS, method) else None
+    chain = (update if update is not None else base.update if base else "none").split("+")
+    links = [UPDATES.get(name) if known(UPDATES, name) else None for name in chain]
+    found += _chain_faults(links)
+    owner = next((link.name for link in links if link is not None and link.owns_mask), None)
+    if score is not None and known(SCORES, score) and owner is not None:
+        found.append(f"the update {owner} chooses its mask itself, so the score {score} would be ignored: leave it out")
+    if score is None and owner is None and base is not None and base.score is None and None not in links:
+        found.append(f"the update {'+'.join(chain)} needs a score, and the method {method} has none: name a score")
+
+    pruned_group = _parsed(group_named, group if group is not None else base.group if base else "row", found)
+    nm = _parsed(NM.parse, pattern, found) if pattern is not None else None
+    if pattern is not None:
+        if group is not None:
+            found.append(f"with the pattern {pattern} the M inputs compete: the group {group} would be ignored")
+        if variant:
+            found.append(
+                f"the variant gives rows different counts, the pattern {pattern} fixes them: choose one of them"
+            )
+    elif variant:
+        if group not in (None, "row"):
+            found.append(f"the variant is made of rows: it cannot have the group {group}")
+        pruned_group = "row"
+    for link in links:
+        if link is not None and link.within_rows and pattern is None and pruned_group not in ("row", "layer", None):
+            found.append(
+                f"the update {link.name} moves weights within a row, which breaks the counts of the group"
+                f" {group or (base.group if base else 'row')}: use row, layer or N:M"
+            )
+    found += _sparsity_faults(sparsity, nm)
+
+    share = allocation if allocation is not None else base.allocation if base else "uniform"
+    if known(ALLOCATIONS, share) and share != "uniform" and pattern is not None:
+        found.append(f"the allocation {share} cannot vary the pattern {pattern}: use uniform, or a sparsity")
+    a = inherit if inherit is not None else base.inherit if base else 0.0
+    if not 0 <= a <= 1:
+        found.append(f"inherit {a:g} is not a share from 0 to 1")
+    elif inherit and None not in links and not any(link is not None and link.solves for link in links):
+        solving = ", ".join(name for name in UPDATES.names() if UPDATES.get(name).solves)
+        found.append(f"inherited errors are repaired by an update, {'+'.join(chain)} solves nothing: use {solving}")
+    return found
+
+
+def _parsed(parse: Callable[[str], Any], text: str, found: list[str]) -> Any:
+    try:
+        return parse(text)
+    except ConfigurationError as error:
+        found += error.faults
+        return None
+
+
+def _chain_faults(links: list[Any]) -> list[str]:
+    """A first link chooses the mask, every later one keeps the mask it is handed."""
+    chained = [name for name in UPDATES.names() if UPDATES.get(name).takes_chain]
+    return [
+        f"the update {link.name} chooses a mask anew and cannot come after {before.name if before else 'another'}"
+        f": put it first; {', '.join(chained)} can follow"
+        for before, link in itertools.pairwise(links)
+        if link is not None and not link.takes_chain
+    ]
+
+
+def _sparsity_faults(sparsity: float | str | Fraction | None, nm: NM | None) -> list[str]:
+    if sparsity is None:
+        return []
+    try:
+        wanted = exact(sparsity)
+    except (ValueError, ZeroDivisionError):
+        return [f"sparsity {sparsity!r} is no number"]
+    if not 0 <= wanted < 1:
+        return [f"sparsity {sparsity} is not in [0, 1): it is the share of weights to remove"]
+    if nm is not None and wanted != nm.sparsity:
+        share = float(nm.sparsity)
+        return [f"the pattern {nm.text} removes {share:g} of the weights and cannot reach {sparsity}: leave one out"]
+    return []

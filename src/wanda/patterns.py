@@ -6,9 +6,11 @@ Counts are exact (reference: floor(n s) of a group of n go, s an exact decimal);
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,23 +22,50 @@ def exact(sparsity: float | str | Fraction) -> Fraction:
     return sparsity if isinstance(sparsity, Fraction) else Fraction(str(sparsity))
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` lowest entries of every row of scores [groups, n]; ties by position, earlier first.
+def share(total: int, start: int, stop: int, width: int) -> int:
+    """What the columns [start, stop) of `width` lose of `total`; slices that fill the width sum to the total."""
+    return total * stop // width - total * start // width
 
-    Equivalent to a stable ascending sort of each row; found by the value of rank `count`. Returns bool [groups, n].
+
+def lowest(scores: Tensor, counts: int | Sequence[int]) -> Tensor:
+    """Mark the `counts` lowest entries (of every row, or of each its own) of scores [groups, n], float32.
+
+    Equivalent to a stable ascending sort of each row (ties by position, earlier first), found by the value of that
+    rank: a partition instead of a sort. Returns bool [groups, n].
     """
+    if not isinstance(counts, int):
+        if min(counts, default=0) == max(counts, default=0):
+            return lowest(scores, min(counts, default=0))
+        marked = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+        wanted = torch.tensor(counts, device=scores.device)
+        for count in set(counts):
+            marked[wanted == count] = lowest(scores[wanted == count], count)
+        return marked
     groups, n = scores.shape
-    if count <= 0:
-        return torch.zeros(groups, n, dtype=torch.bool, device=scores.device)
-    if count >= n:
-        return torch.ones(groups, n, dtype=torch.bool, device=scores.device)
-    threshold = torch.kthvalue(scores, count, dim=1, keepdim=True).values
-    marked = scores < threshold
-    missing = count - marked.sum(dim=1, keepdim=True)
-    ties = scores == threshold
-    if bool((ties.sum(dim=1, keepdim=True) != missing).any()):
-        ties &= ties.cumsum(dim=1) <= missing
-    return marked | ties
+    if counts <= 0 or counts >= n or groups == 0:
+        return torch.full((groups, n), counts > 0, dtype=torch.bool, device=scores.device)
+    if scores.device.type == "cpu":  # NumPy's partition is vectorised, torch's is not
+        threshold = torch.from_numpy(np.partition(scores.detach().numpy(), counts - 1, axis=1)[:, counts - 1, None])
+    else:
+        threshold = torch.kthvalue(scores, counts, dim=1, keepdim=True).values
+    marked = scores <= threshold
+    if int(torch.count_nonzero(marked)) > groups * counts:  # ties at the threshold: the later ones stay
+        below = scores < threshold
+        ties = marked & ~below
+        marked = below | (ties & (ties.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
+    return marked
+
+
+def lowest_of_few(scores: Tensor, count: int) -> Tensor:
+    """`lowest` for rows of a few entries, scores [groups, m]: every entry's rank by comparison with the others."""
+    groups, m = scores.shape
+    columns = scores.T.contiguous()  # [m, groups]
+    rank = torch.zeros(m, groups, dtype=torch.uint8, device=scores.device)
+    for i in range(m - 1):
+        earlier_is_lower = columns[i] <= columns[i + 1 :]  # [m - 1 - i, groups]
+        rank[i + 1 :] += earlier_is_lower
+        rank[i] += (m - 1 - i) - earlier_is_lower.sum(dim=0, dtype=torch.uint8)
+    return (rank < count).T
 
 
 @dataclass(frozen=True)
@@ -44,10 +73,15 @@ class Unstructured:
     """floor(n * sparsity) of every comparison group of n weights are removed.
 
     group: "row" (each output), "layer" (the whole matrix), "column" (each input), or an int k: k columns over all rows.
+    spread: the matrix as a whole loses floor(out * in * sparsity), and its groups differ by at most one (by their
+        size, for the last group of k columns); what an allocation asks for, whose total is exact.
+
+    Masks of a slice of columns remove that slice's share, so that slices which fill the matrix sum to its count.
     """
 
     sparsity: Fraction
     group: str | int = "row"
+    spread: bool = False
 
     @property
     def text(self) -> str:
@@ -58,41 +92,75 @@ class Unstructured:
         """Slices of columns that are pruned by themselves start and end at multiples of this."""
         return self.group if isinstance(self.group, int) else 1
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """scores: [out, in] -> bool [out, in], True survives."""
-        out, width = scores.shape
+    @property
+    def by_row(self) -> bool:
+        """Some rows by themselves get the mask that they get among all rows."""
+        return self.group == "row" and not self.spread
+
+    def at(self, sparsity: Fraction) -> Unstructured:
+        """The same pattern at another sparsity, as on the way of a gradual method to its own."""
+        return replace(self, sparsity=sparsity)
+
+    def mask(self, scores: Tensor, start: int = 0, width: int | None = None) -> Tensor:
+        """scores: [out, k] of the columns from `start` of a matrix of `width` -> bool [out, k], True survives."""
+        out, k = scores.shape
+        width = k if width is None else width
+        stop = start + k
         if self.group == "row":
-            return ~lowest(scores, int(width * self.sparsity))
+            if self.spread:
+                whole = int(out * width * self.sparsity)
+                rows = [share(whole, row, row + 1, out) for row in range(out)]
+                return ~lowest(scores, [share(row, start, stop, width) for row in rows])
+            return ~lowest(scores, share(int(width * self.sparsity), start, stop, width))
         if self.group == "layer":
-            return ~lowest(scores.reshape(1, -1), int(out * width * self.sparsity)).reshape(out, width)
-        if self.group == "column":
-            return ~lowest(scores.T.contiguous(), int(out * self.sparsity)).T
-        assert isinstance(self.group, int)
+            count = share(int(out * width * self.sparsity), start, stop, width)
+            return ~lowest(scores.reshape(1, -1), count).reshape(out, k)
+        size = 1 if self.group == "column" else int(self.group)
         masks = []
-        for part in scores.split(self.group, dim=1):
-            flat = lowest(part.reshape(1, -1), int(part.numel() * self.sparsity))
-            masks.append(~flat.reshape(part.shape))
+        if start % size:
+            raise ValueError(f"a slice from column {start} does not start at a multiple of {size}")
+        if size == 1:
+            return ~lowest(scores.T.contiguous(), [self._lost(out, c, c + 1, width) for c in range(start, stop)]).T
+        for part in scores.split(size, dim=1):
+            count = self._lost(out, start, start + part.shape[1], width)
+            masks.append(~lowest(part.reshape(1, -1), count).reshape(part.shape))
+            start += part.shape[1]
         return torch.cat(masks, dim=1)
+
+    def _lost(self, out: int, start: int, stop: int, width: int) -> int:
+        """What the group of the columns [start, stop) over all rows loses."""
+        if self.spread:
+            return share(int(out * width * self.sparsity), start, stop, width)
+        return int(out * (stop - start) * self.sparsity)
 
     def removed(self, out: int, width: int) -> int:
         """How many weights of an [out, width] matrix go: the sum over its groups."""
         s = self.sparsity
+        if self.spread or self.group == "layer":
+            return int(out * width * s)
         if self.group == "row":
             return out * int(width * s)
-        if self.group == "layer":
-            return int(out * width * s)
         if self.group == "column":
             return width * int(out * s)
-        assert isinstance(self.group, int)
-        return sum(int(out * min(self.group, width - start) * s) for start in range(0, width, self.group))
+        size = int(self.group)
+        return sum(int(out * min(size, width - start) * s) for start in range(0, width, size))
+
+    def misfit(self, out: int, width: int) -> str | None:
+        """Why an [out, width] matrix cannot be pruned so, or None."""
+        return None
 
 
 @dataclass(frozen=True)
 class NM:
-    """n survive of every m consecutive inputs of a row."""
+    """n survive of every m consecutive inputs of a row.
+
+    partial: on the way of a gradual method: the n largest of every m are protected, the others compete in the whole
+        row and go up to this sparsity; None for the pattern itself.
+    """
 
     n: int
     m: int
+    partial: Fraction | None = None
 
     @property
     def sparsity(self) -> Fraction:
@@ -106,14 +174,31 @@ class NM:
     def step(self) -> int:
         return self.m
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """scores: [out, in], in divisible by m -> bool [out, in], True survives."""
-        out, width = scores.shape
-        return ~lowest(scores.reshape(-1, self.m), self.m - self.n).reshape(out, width)
+    @property
+    def by_row(self) -> bool:
+        return True
+
+    def at(self, sparsity: Fraction) -> NM:
+        """The pattern on its way at a lower sparsity."""
+        return replace(self, partial=None if sparsity >= self.sparsity else sparsity)
+
+    def mask(self, scores: Tensor, start: int = 0, width: int | None = None) -> Tensor:
+        """scores: [out, k] of whole groups, k divisible by m -> bool [out, k], True survives."""
+        out, k = scores.shape
+        groups = scores.reshape(-1, self.m)
+        marked = (lowest_of_few if self.m <= 32 else lowest)(groups, self.m - self.n).reshape(out, k)
+        if self.partial is not None:
+            open_scores = torch.where(marked, scores, torch.inf)
+            marked = lowest(open_scores, int(k * self.partial))
+        return ~marked
 
     def removed(self, out: int, width: int) -> int:
         """How many weights of an [out, width] matrix go."""
         return out * (width // self.m) * (self.m - self.n)
+
+    def misfit(self, out: int, width: int) -> str | None:
+        """Why an [out, width] matrix cannot be pruned so, or None."""
+        return f"its {width} inputs are not a multiple of {self.m}" if width % self.m else None
 
     @staticmethod
     def parse(text: str) -> NM:
@@ -138,10 +223,13 @@ class Variant:
 
     The bisection starts at 0.4 in [0, 0.8] as the paper's does and goes on until the counts differ by less than 0.001;
     the last weights are trimmed or topped up by their place in the running sums, so that the total is exact.
+
+    spread: the matrix loses floor(out * in * sparsity), not out * floor(in * sparsity).
     """
 
     sparsity: Fraction
     tolerance: float = 0.001
+    spread: bool = False
 
     @property
     def text(self) -> str:
@@ -151,30 +239,54 @@ class Variant:
     def step(self) -> int:
         return 1
 
-    def removed(self, out: int, width: int) -> int:
-        return out * int(width * self.sparsity)
+    @property
+    def by_row(self) -> bool:
+        return False
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """scores: [out, in] -> bool [out, in], True survives."""
-        out, width = scores.shape
-        wanted = self.removed(out, width)
+    def at(self, sparsity: Fraction) -> Variant:
+        """The same pattern at another sparsity."""
+        return replace(self, sparsity=sparsity)
+
+    def removed(self, out: int, width: int) -> int:
+        """How many weights of an [out, width] matrix go."""
+        return int(out * width * self.sparsity) if self.spread else out * int(width * self.sparsity)
+
+    def misfit(self, out: int, width: int) -> str | None:
+        """Why an [out, width] matrix cannot be pruned so, or None."""
+        return None
+
+    def mask(self, scores: Tensor, start: int = 0, width: int | None = None) -> Tensor:
+        """scores: [out, k] of the columns from `start` of a matrix of `width` -> bool [out, k], True survives."""
+        out, k = scores.shape
+        width = k if width is None else width
+        wanted = share(self.removed(out, width), start, start + k, width)
         ordered, position = scores.sort(dim=1, stable=True)
         total = ordered.sum(dim=1, keepdim=True)
-        share = ordered.cumsum(dim=1) / torch.where(total > 0, total, 1)  # of the row's sum, nondecreasing
+        portion = ordered.cumsum(dim=1) / torch.where(total > 0, total, 1)  # of the row's sum, nondecreasing
         low, high, alpha = 0.0, 0.8, 0.4
         while True:
-            removed = int((share <= alpha).sum())
+            removed = int((portion <= alpha).sum())
             if abs(removed - wanted) <= self.tolerance * scores.numel() or high - low < 1e-6:
                 break
             low, high = (low, alpha) if removed > wanted else (alpha, high)
             alpha = (low + high) / 2
-        # Trim or top up: the entries whose share is nearest to alpha change sides first.
-        sides = share <= alpha
+        # Trim or top up: the entries whose portion is nearest to alpha change sides first.
+        sides = portion <= alpha
         if removed != wanted:
             surplus = removed > wanted
-            distance = torch.where(sides == surplus, (share - alpha).abs(), torch.inf).flatten()
+            distance = torch.where(sides == surplus, (portion - alpha).abs(), torch.inf).flatten()
             sides.view(-1)[lowest(distance[None], abs(removed - wanted))[0]] = not surplus
         return torch.empty_like(sides).scatter_(1, position, ~sides)
 
 
 Pattern = Unstructured | NM | Variant
+
+
+def group_named(text: str) -> str | int:
+    """ "row", "layer", "column" or "block:K" -> the comparison group; raises ConfigurationError for another text."""
+    if text in ("row", "layer", "column"):
+        return text
+    match = re.fullmatch(r"block:([1-9]\d*)", text)
+    if not match:
+        raise ConfigurationError(f"unknown group {text!r}: there are row, layer, column and block:K (K columns)")
+    return int(match[1])

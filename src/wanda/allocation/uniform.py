@@ -15,7 +15,7 @@ class Uniform:
     needs = Needs.NOTHING
     measures = False
 
-    def measure(self, weight, statistics) -> float:
+    def measure(self, matrices) -> float:
         return 0.0
 
     def allocate(self, blocks: list[BlockMeasure], sparsity: Fraction) -> list[Fraction]:

@@ -25,7 +25,7 @@ class Score(Protocol):
     def prepare(self, weight: Tensor, statistics: Statistics) -> Callable[[Tensor, slice], Tensor]:
         """Take whole-matrix quantities once; weight: [out, in] float32.
 
-        Returns a function of (current weights [out, k] of some columns, those columns) to scores [out, k] >= 0, float32.
+        Returns a function of (current weights [out, k] of some columns, those columns) to scores [out, k] >= 0.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from wanda.patterns import Pattern
     from wanda.statistics import Needs, Statistics
+
+PANEL_WEIGHTS = 2**20  # 4 MiB of float32 for each of the few tensors of a panel of rows
 
 __path__ = pkgutil.extend_path(__path__, __name__)
 
@@ -27,6 +29,8 @@ class Problem:
     pattern: which weights compete and how many survive.
     select: (current weights [out, k] of some columns, those columns) -> bool mask [out, k], True survives.
     inherit: a in [0, 1]; the target is W (a X_dense + (1 - a) X)^T, X_dense the dense model's inputs.
+    correction: [out, in] or None, added to the right-hand side W G of the normal equations: (output wanted beyond
+        W X^T)^T X, as for the drift of a residual stream.
     solution, mask: what the chain has so far, [out, in] float32 and bool; None for its first update.
     notes: sentences for the report (damping raised, say).
     """
@@ -36,18 +40,39 @@ class Problem:
     pattern: Pattern
     select: Callable[[Tensor, slice], Tensor]
     inherit: float = 0.0
+    correction: Tensor | None = None
     solution: Tensor | None = None
     mask: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
+    def beyond(self) -> Tensor | None:
+        """What the right-hand side has beyond W G: a W lag + correction, [out, in]; None when it has nothing.
+
+        An updated B minimises tr((B - W) G (B - W)^T) - 2 tr((B - W) beyond^T), the squared error to the target.
+        """
+        if self.inherit == 0:
+            return self.correction
+        if self.statistics.lag is None:
+            raise ValueError("inherited errors were asked for, but the statistics have no lag")
+        inherited = (self.weight @ self.statistics.lag).mul_(self.inherit)
+        return inherited if self.correction is None else inherited.add_(self.correction)
+
+    def row_panels(self, by_row: bool = True) -> Iterator[slice]:
+        """Slices of rows small enough that their work stays in the cache; all rows at once unless `by_row`."""
+        out, width = self.weight.shape
+        step = max(64, PANEL_WEIGHTS // width) if by_row else out
+        return (slice(start, min(start + step, out)) for start in range(0, out, step))
+
 
 class Update(Protocol):
-    """Solves a Problem: returns (weights [out, in] float32, mask [out, in] bool); weights are zero where mask is False."""
+    """Solves a Problem: returns (weights float32, mask bool), both [out, in]; weights are zero where mask is False."""
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
     owns_mask: ClassVar[bool]  # chooses the mask itself: a score named beside it is refused
-    takes_chain: ClassVar[bool]  # may follow another update (`swap+pcg`)
+    takes_chain: ClassVar[bool]  # may follow another update (`swap+pcg`): keeps the mask it is handed
+    solves: ClassVar[bool]  # refits the survivors to a right-hand side: knows `inherit` and `correction`
+    within_rows: ClassVar[bool]  # needs rows whose counts stand by themselves: no column or block groups
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]: ...
 

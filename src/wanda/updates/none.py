@@ -15,6 +15,8 @@ class NoUpdate:
     needs = Needs.NOTHING
     owns_mask = False
     takes_chain = False
+    solves = False
+    within_rows = False
 
     def __call__(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         mask = problem.select(problem.weight, slice(None))
