@@ -1,4 +1,4 @@
-"""Registries of the axes: one file is one choice, its name is the file's name, its summary the docstring's first line."""
+"""Registries of the axes: one file is one choice; its summary is the first line of the file's docstring."""
 
 from __future__ import annotations
 

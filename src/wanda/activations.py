@@ -1,0 +1,79 @@
+"""The hidden states between two blocks, one tensor a micro-batch: in memory, or in a file when memory is short."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanda.errors import RunError
+
+
+class Activations:
+    """A list of tensors of unchanging shapes, kept on the host; with `folder`, in an unnamed file there.
+
+    The file is read and written with pread and pwrite, since mapped pages would count as resident memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], folder: Path | None = None):
+        self._file = tempfile.TemporaryFile(dir=folder) if folder is not None else None  # noqa: SIM115
+        self._folder = folder
+        self._kept: list[Tensor] = []
+        self._like = [(t.shape, t.dtype) for t in tensors]
+        self._offsets = [0]
+        for tensor in tensors:
+            self._offsets.append(self._offsets[-1] + tensor.nbytes)
+        if self._file is None:
+            self._kept = [t.cpu() for t in tensors]
+        else:
+            for index, tensor in enumerate(tensors):
+                self[index] = tensor
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._file is None:
+            return self._kept[index]
+        shape, dtype = self._like[index]
+        tensor = torch.empty(shape, dtype=dtype)
+        view = _bytes(tensor)
+        if os.preadv(self._file.fileno(), [view], self._offsets[index]) != tensor.nbytes:
+            raise RunError("the file of activations is cut short; is its disk full?")
+        return tensor
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        if (tensor.shape, tensor.dtype) != self._like[index]:
+            raise RunError(f"a block turned hidden states {self._like[index]} into {(tensor.shape, tensor.dtype)}")
+        if self._file is None:
+            self._kept[index] = tensor.cpu()
+            return
+        view, done = _bytes(tensor.cpu().contiguous()), 0
+        try:
+            while done < tensor.nbytes:
+                done += os.pwritev(self._file.fileno(), [view[done:]], self._offsets[index] + done)
+        except OSError as error:
+            raise RunError(f"activations cannot be written: {error.strerror}; free some space in TMPDIR") from error
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def copy(self) -> Activations:
+        """Independent activations with the same values."""
+        twin = Activations.__new__(Activations)
+        twin.__dict__.update(self.__dict__)
+        if self._file is None:
+            twin._kept = list(self._kept)  # tensors are replaced, never written to
+        else:
+            twin._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            for index in range(len(self)):
+                twin[index] = self[index]
+        return twin
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,251 @@
+"""The decoder blocks of a model: finding them, and recording the arguments each is called with.
+
+No code here knows an architecture. Blocks are the outermost ModuleList as long as the config says; every block's own
+arguments (masks, position embeddings) are noted by a stand-in, since sliding-window and hybrid models give different
+ones to different blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda.errors import RunError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model: name of their list in the model, and the list itself."""
+
+    name: str
+    modules: nn.ModuleList
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def prefix(self, index: int) -> str:
+        """What the names of block `index`'s parameters begin with."""
+        return f"{self.name}.{index}."
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The outermost ModuleList whose length is the config's num_hidden_layers.
+
+    Raises RunError when there is none, or when blocks share parameters (pruning one would change another).
+    """
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    kind = type(model).__name__
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found:
+        raise RunError(f"{kind} has no list of {count} blocks to walk; it is not a decoder that can be pruned")
+    name, modules = min(found, key=lambda item: item[0].count("."))
+    owner: dict[int, int] = {}
+    for index, block in enumerate(modules):
+        for parameter_name, parameter in block.named_parameters():
+            if owner.setdefault(id(parameter), index) != index:
+                raise RunError(
+                    f"{kind} cannot be walked block by block: blocks {owner[id(parameter)]} and {index} "
+                    f"share {parameter_name}"
+                )
+    return Blocks(name, modules)
+
+
+@dataclass
+class Call:
+    """The arguments of one block for one micro-batch, without the hidden states; `position` tells where those go."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for `hidden` [batch, seqlen, width], its first element when it returns a tuple."""
+        args, kwargs = self.args, self.kwargs
+        if isinstance(self.position, int):
+            args = (*args[: self.position], hidden, *args[self.position :])
+        else:
+            kwargs = {**kwargs, self.position: hidden}
+        output = block(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _StandIn(nn.Module):
+    """In place of a block: notes the arguments, hands the hidden states on; other attributes are the block's."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[Call, Tensor]], as_tuple: bool, gain: float):
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule
+        self._calls, self._as_tuple, self._gain = calls, as_tuple, gain
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        position: int | str
+        if "hidden_states" in kwargs:
+            position, hidden = "hidden_states", kwargs.pop("hidden_states")
+        else:
+            position = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
+            hidden = args[position]
+            args = args[:position] + args[position + 1 :]
+        self._calls.append((Call(args, kwargs, position), hidden))
+        hidden = hidden * self._gain if self._gain != 1 else hidden
+        return (hidden,) if self._as_tuple else hidden
+
+
+@dataclass
+class Recording:
+    """What the blocks are called with: calls[micro-batch][block]; and the hidden states that enter the first."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]] = field(default_factory=list)
+
+
+def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recording:
+    """Run the base model (not its head) with stand-ins for the blocks; batches: token ids [batch, seqlen] each.
+
+    Raises RunError, by name, for models that hand more than hidden states from block to block.
+    """
+    decoder = _decoder(model, blocks)
+    as_tuple = _returns_tuple(model, decoder, blocks, batches[0][:1, :8])
+    _refuse_side_channels(model, decoder, blocks, batches[0][:1, :8], as_tuple)
+    recording = Recording([])
+    first: list[Call] = []
+    for batch in batches:
+        noted = _noted(decoder, blocks, batch, as_tuple)
+        calls = [call for call, _ in noted]
+        if first:  # micro-batches mostly get equal masks and positions: keep one copy
+            calls = [_interned(call, like) for call, like in zip(calls, first, strict=True)]
+        else:
+            first = calls
+        recording.calls.append(calls)
+        recording.hidden.append(noted[0][1])
+    return recording
+
+
+def _decoder(model: nn.Module, blocks: Blocks) -> nn.Module:
+    """The smallest model around the blocks that takes token ids: no head, whose logits are large."""
+    candidates = [getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model]
+    for candidate in candidates:
+        if isinstance(candidate, nn.Module) and any(m is blocks.modules for m in candidate.modules()):
+            return candidate
+    raise RunError(f"{type(model).__name__}: its blocks are not part of its decoder; it cannot be walked")
+
+
+def _noted(
+    decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool, gain: float = 1.0
+) -> list[tuple[Call, Tensor]]:
+    calls: list[tuple[Call, Tensor]] = []
+    originals = list(blocks.modules)
+    for index, block in enumerate(originals):
+        blocks.modules[index] = _StandIn(block, calls, as_tuple, gain)
+    try:
+        decoder(input_ids=ids, use_cache=False)
+    finally:
+        for index, block in enumerate(originals):
+            blocks.modules[index] = block
+    if len(calls) != len(originals):
+        raise RunError(
+            f"{type(decoder).__name__} called {len(calls)} of its {len(originals)} blocks; it cannot be walked"
+        )
+    return calls
+
+
+def _returns_tuple(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor) -> bool:
+    """Whether the parent expects a tuple of its blocks: a tensor taken as a tuple loses its batch dimension."""
+    for as_tuple in (False, True):
+        try:
+            noted = _noted(decoder, blocks, ids, as_tuple)
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+            continue  # the wrong guess breaks in the parent's own code, in whatever way
+        shape = noted[0][1].shape
+        several = len(noted) > 1 or as_tuple
+        if all(h.shape == shape for _, h in noted) and (several or _last_shape(decoder, blocks, ids, False) == shape):
+            return as_tuple
+    raise RunError(f"{type(model).__name__} uses its blocks in a way that cannot be replayed; it cannot be walked")
+
+
+def _last_shape(decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool) -> torch.Size:
+    shapes: list[torch.Size] = []
+    handles = [
+        m.register_forward_pre_hook(lambda _, args: shapes.extend(a.shape for a in args[:1] if isinstance(a, Tensor)))
+        for m in decoder.children()
+    ]
+    try:
+        _noted(decoder, blocks, ids, as_tuple)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes[-1] if shapes else torch.Size()
+
+
+def _refuse_side_channels(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool) -> None:
+    """Record twice, then with changed hidden states: any other argument that follows them is a side channel."""
+    plain = _noted(decoder, blocks, ids, as_tuple)
+    changed = _noted(decoder, blocks, ids, as_tuple, gain=1.5)
+    for index, ((one, _), (two, _)) in enumerate(zip(plain, changed, strict=True)):
+        for (path, a), (_, b) in zip(_leaves(one), _leaves(two), strict=True):
+            if isinstance(a, Tensor) and not torch.equal(a, b):
+                raise RunError(
+                    f"{type(model).__name__} cannot be walked block by block: its block {index} gets {path}, "
+                    "which depends on the blocks before it, beside the hidden states"
+                )
+
+
+def refuse_changed_arguments(call: Call, block: nn.Module, hidden: Tensor, name: str) -> Tensor:
+    """Run the block once and raise RunError when it changes an argument in place (a shared cache, say): its output."""
+    before = [(path, _state(value)) for path, value in _leaves(call)]
+    output = call.run(block, hidden)
+    for (path, then), (_, value) in zip(before, _leaves(call), strict=False):
+        if _state(value) != then:
+            raise RunError(f"{name} cannot be walked block by block: it changes its argument {path} in place")
+    return output
+
+
+def _state(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value._version
+    return len(value) if isinstance(value, (dict, list, set)) else id(value)
+
+
+def _leaves(call: Call) -> Iterator[tuple[str, Any]]:
+    def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        yield path, value
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from walk(f"{path}[{key!r}]", item)
+        elif isinstance(value, (tuple, list)):
+            for index, item in enumerate(value):
+                yield from walk(f"{path}[{index}]", item)
+
+    for index, value in enumerate(call.args):
+        yield from walk(f"argument {index}", value)
+    for key, value in call.kwargs.items():
+        yield from walk(key, value)
+
+
+def _interned(call: Call, like: Call) -> Call:
+    """`call` with every tensor that equals the one at the same place in `like` replaced by that one."""
+
+    def intern(value: Any, known: Any) -> Any:
+        if isinstance(value, Tensor):
+            same = isinstance(known, Tensor) and (
+                known is value
+                or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value))
+            )
+            return known if same else value
+        if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+            items = [intern(v, k) for v, k in zip(value, known, strict=True)]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return value
+
+    args = tuple(intern(v, k) for v, k in zip(call.args, like.args, strict=True))
+    kwargs = {key: intern(value, like.kwargs.get(key)) for key, value in call.kwargs.items()}
+    return Call(args, kwargs, call.position)

@@ -1,0 +1,406 @@
+"""The pipeline: checkpoint -> blocks -> statistics -> scores -> masks -> weights -> checkpoint + report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wanda.activations import Activations
+from wanda.allocation import ALLOCATIONS, BlockMeasure
+from wanda.blocks import Blocks, Call, find_blocks, record
+from wanda.checkpoint.tensors import Entry
+from wanda.checkpoint.writer import Writer
+from wanda.composition import Composition
+from wanda.errors import ConfigurationError, RunError, near
+from wanda.patterns import Unstructured, Variant, exact
+from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
+from wanda.recipe import Recipe
+from wanda.report import Report, peak_memory
+from wanda.report.card import model_card
+from wanda.report.progress import Progress
+from wanda.statistics import Needs, Statistics
+from wanda.walk import Walk
+from wanda.weights import Matrix
+
+
+def prune(
+    model: str | Path,
+    *,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+    **options: Any,
+) -> Report | Plan:
+    """Prune a checkpoint into another one, a block at a time; the whole model is never in memory.
+
+    model: a Hugging Face folder, a hub id or a .gguf file. out: the folder to write; whole or absent.
+    recipe, or options: the fields of Recipe, which are the command line's flags.
+    overwrite: replace a non-empty `out`. resume: go on with a run that was killed, ending in the same bytes.
+    dry_run: return the Plan, loading no weights. progress: show a bar, or log lines without a terminal.
+    command: the command line to be told in the model card.
+    Returns the Report that is also written to `out`/wanda.json. Raises ConfigurationError with all faults, before
+    anything is loaded or written; RunError for a fault on the way, leaving a resumable `out`.partial.
+    """
+    plan = make_plan(model, Path(out), recipe or make_recipe(options), overwrite=overwrite, resume=resume)
+    if dry_run:
+        return plan
+    start = time.perf_counter()
+    tokens, notes = plan.calibration_tokens()
+    identity = {
+        "recipe": plan.recipe.as_dict(),
+        "input": plan.checkpoint.fingerprint(),
+        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    }
+    writer = Writer(plan.out, plan.checkpoint, identity, resume)
+    try:
+        loop = BlockLoop(plan.skeleton, plan.recipe, plan.matrices, tokens, plan.batch, plan.activation_folder)
+        with Progress(len(plan.matrices), progress) as bar:
+            loop.run(bar, writer)
+        report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
+        writer.finish({"wanda.json": report.json(), "README.md": model_card(report)})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{writer.folder} keeps what is finished: go on with --resume") from None
+    except RunError as error:
+        kept = f"{len(writer.done)} finished blocks are kept in {writer.folder}: mend it, then go on with --resume"
+        raise RunError(f"{error}\n{kept}") from error
+    finally:
+        writer.close()
+    return report
+
+
+def prune_model(
+    model: nn.Module, token_ids: Tensor | None = None, *, recipe: Recipe | None = None, **options: Any
+) -> Report:
+    """Prune a causal language model in memory, in place.
+
+    model: a transformers model on one device. token_ids: [samples, seqlen], without padding; None for methods that
+    need no calibration. recipe, or options: the fields of Recipe that concern a model in memory.
+    Returns the Report. Raises ConfigurationError before anything is changed, RunError on the way.
+    """
+    start = time.perf_counter()
+    recipe = recipe or make_recipe(options)
+    parts = _InMemory(model)
+    matrices, dense, faults = choose(model, parts.blocks, recipe)
+    faults = recipe.faults(text=False) + faults
+    if not faults:
+        recipe = recipe.resolved(text=False)
+        if token_ids is None and needs_of(recipe) > Needs.NOTHING:
+            faults.append(f"the method {recipe.method} needs calibration: pass token_ids [samples, seqlen]")
+    if token_ids is not None and (token_ids.ndim != 2 or 0 in token_ids.shape):
+        faults.append(f"token_ids has shape {list(token_ids.shape)}; it must be [samples, seqlen], neither of them 0")
+    if faults:
+        raise ConfigurationError(faults)
+    tokens = token_ids if needs_of(recipe) > Needs.NOTHING else None
+    batch = recipe.batch or (max(1, 1024 // token_ids.shape[1]) if token_ids is not None else 1)
+    training = model.training
+    model.eval()
+    loop = BlockLoop(parts, recipe, matrices, tokens, batch)
+    try:
+        loop.run(Progress(len(matrices), shown=False))
+    finally:
+        model.train(training)
+    calibration: dict[str, Any] = {"used": tokens is not None}
+    if tokens is not None:
+        calibration |= {"source": "token_ids", "samples": tokens.shape[0], "seqlen": tokens.shape[1], "seed": None}
+    return Report(
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        recipe=recipe.as_dict(),
+        layers=loop.pruner.rows,
+        left_dense=dense,
+        calibration=calibration,
+        seconds=round(time.perf_counter() - start, 2),
+        peak_memory_bytes=peak_memory(),
+        model_weights=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def make_recipe(options: Mapping[str, Any]) -> Recipe:
+    """A Recipe from keyword options; raises ConfigurationError for an option that does not exist."""
+    known = set(Recipe.__dataclass_fields__)
+    unknown = [f"there is no option {name!r}: {near(name, known)}" for name in options if name not in known]
+    if unknown:
+        raise ConfigurationError(unknown)
+    values = dict(options)
+    if isinstance(values.get("sparsity_of"), Mapping):
+        values["sparsity_of"] = [f"{glob}={share}" for glob, share in values["sparsity_of"].items()]
+    for name in ("include", "exclude", "sparsity_of"):
+        if name in values:
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
+    return Recipe(**values)
+
+
+class _Parts(Protocol):
+    """A model whose blocks can be filled and emptied: a Skeleton, or a model that is in memory anyway."""
+
+    model: Any
+    blocks: Blocks
+    device: torch.device
+
+    def load_block(self, index: int, entries: Mapping[str, Entry] | None = None) -> dict[str, Tensor]: ...
+    def drop_block(self, index: int) -> None: ...
+    def load_outside(self) -> None: ...
+    def drop_outside(self) -> None: ...
+
+
+class _InMemory:
+    """The parts of a model that is whole in memory and stays so."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.blocks = model, find_blocks(model)
+        self.device = next(model.parameters()).device
+
+    def load_block(self, index: int, entries: Mapping[str, Entry] | None = None) -> dict[str, Tensor]:
+        prefix = self.blocks.prefix(index)
+        return {prefix + name: p.data for name, p in self.blocks.modules[index].named_parameters()}
+
+    def drop_block(self, index: int) -> None: ...
+
+    def load_outside(self) -> None: ...
+
+    def drop_outside(self) -> None: ...
+
+
+class Pruner:
+    """Prunes matrices by a resolved recipe, in place, and keeps the rows of the report."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.update is not None and recipe.inherit is not None
+        self.recipe = recipe
+        self.composition = Composition(recipe.score, recipe.update, recipe.inherit)
+        self.rows: list[dict[str, Any]] = []
+
+    def solve(
+        self,
+        matrix: Matrix,
+        statistics: Statistics | None,
+        block: int,
+        sparsity: Fraction,
+        stored: Tensor,
+        computed: Tensor,
+    ) -> None:
+        """Prune one matrix.
+
+        stored: its parameter as on disk; computed: its parameter in the model (the same memory, or another type).
+        statistics: None when none are needed, or for an expert that saw no token.
+        sparsity: of its block; --sparsity-of goes before it.
+        """
+        start = time.perf_counter()
+        pattern, composition = (
+            pattern_of(self.recipe, self.recipe.sparsity_for(matrix.name, sparsity)),
+            self.composition,
+        )
+        notes: list[str] = []
+        tokens = 0 if statistics is None else statistics.tokens
+        if matrix.expert is not None and composition.needs > Needs.NOTHING and tokens < self.recipe.expert_tokens:
+            notes.append(f"saw {tokens} calibration tokens: pruned by magnitude per row")
+            composition, statistics = Composition("magnitude"), None
+            if isinstance(pattern, (Variant, Unstructured)):
+                pattern = Unstructured(pattern.sparsity, "row")
+        if statistics is None:
+            statistics = Statistics(matrix.width, Needs.NOTHING, computed.device)
+        view = matrix.view(stored)
+        weight = matrix.view(computed) if computed.dtype == stored.dtype else view.to(computed.device)
+        pruned = composition.prune(weight.float(), statistics, pattern, matrix.name)
+        if composition.update == "none":
+            view.masked_fill_(~pruned.mask.to(view.device), 0)  # survivors keep their bits
+        else:
+            view.copy_(pruned.weight.to(view.dtype).masked_fill_(~pruned.mask, 0))
+        if computed.data_ptr() != stored.data_ptr():
+            matrix.view(computed).copy_(view)
+        removed = matrix.numel - int(pruned.mask.sum())
+        how = "exact" if pruned.exact_error else "diagonal estimate"
+        self.rows.append(
+            {
+                "name": matrix.name,
+                "block": block,
+                "shape": [matrix.out, matrix.width],
+                "pattern": pattern.text,
+                "removed": removed,
+                "sparsity": removed / matrix.numel,
+                "relative_error": pruned.relative_error,
+                "error": None if pruned.relative_error is None else how,
+                "tokens": statistics.tokens,
+                "seconds": round(time.perf_counter() - start, 4),
+                "notes": [*notes, *pruned.notes],
+            }
+        )
+
+
+class BlockLoop:
+    """The loop over the blocks: record, share the sparsity out, prune block after block."""
+
+    def __init__(
+        self,
+        parts: _Parts,
+        recipe: Recipe,
+        matrices: Sequence[Sequence[Matrix]],
+        tokens: Tensor | None,
+        batch: int,
+        activation_folder: Path | None = None,
+    ):
+        self.parts, self.recipe, self.matrices, self.tokens, self.batch = parts, recipe, matrices, tokens, batch
+        self.activation_folder = activation_folder
+        self.pruner = Pruner(recipe)
+
+    @torch.no_grad()
+    def run(self, progress: Progress, writer: Writer | None = None) -> None:
+        """Prune all blocks; with a writer, blocks it has already are replayed and the others handed to it."""
+        calls, hidden = self._record()
+        sparsities = self._sparsities(progress, calls, hidden, writer)
+        dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
+        for index in range(len(self.matrices)):
+            if writer is not None and index < len(writer.done):
+                self._replay(index, calls[index], hidden, dense, writer.block_entries(index))
+                self.pruner.rows += writer.done[index]
+            else:
+                stored = self.parts.load_block(index)
+                self._prune(index, sparsities[index], stored, calls[index], hidden, dense)
+                if writer is not None:
+                    writer.write_block(index, self._shard(index, stored), self._rows(index))
+                self.parts.drop_block(index)
+            calls[index] = []
+            progress.block(index, self._rows(index))
+
+    def _record(self) -> tuple[list[list[Call]], Activations | None]:
+        """The arguments of every block (per block, per micro-batch) and the hidden states that enter the first."""
+        if self.tokens is None:
+            return [[] for _ in self.matrices], None
+        self.parts.load_outside()
+        batches = [part.to(self.parts.device) for part in self.tokens.split(self.batch)]
+        recording = record(self.parts.model, self.parts.blocks, batches)
+        self.parts.drop_outside()
+        by_block = [list(calls) for calls in zip(*recording.calls, strict=True)]
+        return by_block, Activations(recording.hidden, self.activation_folder)
+
+    def _sparsities(
+        self, progress: Progress, calls: list[list[Call]], hidden: Activations | None, writer: Writer | None
+    ) -> list[Fraction]:
+        """The sparsity of every block; one more dense pass over the model when the allocation measures."""
+        if writer is not None and "sparsities" in writer.facts:
+            return [Fraction(text) for text in writer.facts["sparsities"]]
+        assert self.recipe.allocation is not None
+        allocation = ALLOCATIONS.get(self.recipe.allocation)
+        stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
+        measures = []
+        for index, matrices in enumerate(self.matrices):
+            value = 0.0
+            if allocation.measures:
+                stored = self.parts.load_block(index)
+                gathered: Mapping[str, Statistics] = {}
+                if stream is not None:
+                    walk = self._walk(index, calls[index], stream, None, allocation.needs)
+                    walk.gather()
+                    walk.forward()
+                    gathered = walk.statistics
+                for matrix in matrices:
+                    statistics = gathered.get(matrix.name) or Statistics(matrix.width, allocation.needs)
+                    weight = matrix.view(stored[matrix.parameter]).to(self.parts.device, torch.float32)
+                    value += allocation.measure(weight, statistics) * matrix.numel
+                self.parts.drop_block(index)
+                progress.measured(index)
+            weights = sum(matrix.numel for matrix in matrices)
+            measures.append(BlockMeasure(value / max(1, weights), weights))
+        asked = Fraction(0) if self.recipe.sparsity is None else exact(self.recipe.sparsity)
+        sparsities = allocation.allocate(measures, asked)
+        if writer is not None:
+            writer.note(sparsities=[str(sparsity) for sparsity in sparsities])
+        return sparsities
+
+    def _prune(
+        self,
+        index: int,
+        sparsity: Fraction,
+        stored: dict[str, Tensor],
+        calls: list[Call],
+        hidden: Activations | None,
+        dense: Activations | None,
+    ) -> None:
+        computed = dict(self.parts.model.named_parameters())
+        solved: set[str] = set()
+
+        def solve(matrix: Matrix, statistics: Statistics | None) -> None:
+            solved.add(matrix.name)
+            name = matrix.parameter
+            self.pruner.solve(matrix, statistics, index, sparsity, stored[name], computed[name].data)
+
+        if hidden is None:
+            for matrix in self.matrices[index]:
+                solve(matrix, None)
+            return
+        walk = self._walk(index, calls, hidden, dense, self.pruner.composition.needs)
+        (walk.prune_by_block if self.recipe.propagate == "block" else walk.prune_by_layer)(solve)
+        for matrix in self.matrices[index]:
+            if matrix.name in solved:
+                continue
+            if matrix.expert is None:
+                raise RunError(
+                    f"{matrix.name} was not multiplied with anything in the forward pass, so that it has no "
+                    "statistics; leave it dense with --exclude"
+                )
+            solve(matrix, None)
+        for row in self._rows(index):
+            if row["name"] in walk.late:
+                row["notes"].append(f"{walk.late[row['name']]} tokens came after it was pruned and are not in its sums")
+        for tensor in hidden:
+            if not bool(torch.isfinite(tensor).all()):
+                raise RunError(
+                    f"activations after block {index} are not finite: look for NaN or Inf in the input's weights, or "
+                    "compute with --dtype float32"
+                )
+
+    def _replay(
+        self,
+        index: int,
+        calls: list[Call],
+        hidden: Activations | None,
+        dense: Activations | None,
+        entries: Mapping[str, Entry],
+    ) -> None:
+        """Move the hidden states through a block that an earlier run finished; the dense ones through the input's."""
+        for stream, place in ((hidden, entries), (dense, None)):
+            if stream is not None:
+                self.parts.load_block(index, place)
+                self._walk(index, calls, stream, None, Needs.NOTHING).forward()
+                self.parts.drop_block(index)
+
+    def _walk(
+        self, index: int, calls: list[Call], hidden: Activations, dense: Activations | None, needs: Needs
+    ) -> Walk:
+        blocks = self.parts.blocks
+        return Walk(
+            blocks.modules[index],
+            blocks.prefix(index),
+            self.matrices[index],
+            calls,
+            hidden,
+            dense,
+            needs,
+            self.parts.device,
+            self.recipe.experts == "all",
+        )
+
+    def _shard(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor | Entry]:
+        """The block's tensors by disk key: pruned ones from memory, everything else straight from the input's files."""
+        skeleton: Any = self.parts
+        changed = {matrix.parameter for matrix in self.matrices[index]}
+        tensors: dict[str, Tensor | Entry] = {}
+        for group in skeleton.block_groups(index):
+            if changed.intersection(group.targets):
+                tensors.update(skeleton.names.unload(group, stored))
+            else:
+                tensors.update({key: skeleton.checkpoint.entries[key] for key, _ in group.sources})
+        return tensors
+
+    def _rows(self, index: int) -> list[dict[str, Any]]:
+        return [row for row in self.pruner.rows if row["block"] == index]

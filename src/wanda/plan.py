@@ -1,0 +1,339 @@
+"""The plan of a run: everything checked and laid out before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanda.checkpoint.reader import Checkpoint
+from wanda.checkpoint.skeleton import Skeleton
+from wanda.checkpoint.source import load_config, resolve, stored_dtype
+from wanda.checkpoint.writer import output_faults, partial_folder
+from wanda.composition import Composition
+from wanda.device import compute_dtype, pick_device
+from wanda.errors import ConfigurationError
+from wanda.patterns import NM, Pattern, Unstructured, Variant, exact
+from wanda.recipe import Recipe, parse_bytes
+from wanda.statistics import Needs
+from wanda.weights import Matrix, find_matrices
+
+_TOKENS = 1024  # of a micro-batch: its activations stay in the cache
+_CONTEXT = 2048  # tokens of a sequence unless said otherwise
+_SLACK = 200 << 20  # bytes: allocator, thread pools, libraries that are loaded on the way
+
+
+@dataclass
+class Plan:
+    """A run that can start: all faults are out.
+
+    recipe: resolved. matrices: to be pruned, a list a block. dense: parameters left dense, name to reason.
+    batch: sequences a micro-batch. activation_folder: where activations go when memory is short, else None.
+    memory: estimated peak bytes. notes: decisions the user should see.
+    """
+
+    model: str
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    out: Path
+    matrices: list[list[Matrix]]
+    dense: dict[str, str]
+    seqlen: int
+    batch: int
+    calibrated: bool
+    activation_folder: Path | None = None
+    memory: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def calibration_tokens(self) -> tuple[Tensor | None, list[str]]:
+        """Token ids [samples, seqlen] and notes on them; None when the method needs no calibration."""
+        if not self.calibrated:
+            return None, []
+        from wanda.calibration import token_ids
+        from wanda.checkpoint.source import load_tokenizer
+
+        notes: list[str] = []
+        recipe = self.recipe
+        tokenizer = load_tokenizer(self.checkpoint.folder, recipe.trust_remote_code)
+        ids = token_ids(
+            recipe.calibration,
+            tokenizer,
+            samples=recipe.samples,
+            seqlen=self.seqlen,
+            seed=recipe.seed,
+            notes=notes,
+        )
+        return ids, notes
+
+    def pattern(self, matrix: Matrix) -> Pattern:
+        """The pattern of a matrix before any allocation."""
+        return pattern_of(self.recipe, self.recipe.sparsity_for(matrix.name, exact(self.recipe.sparsity or 0)))
+
+    def weights(self) -> int:
+        """Number of prunable weights."""
+        return sum(matrix.numel for block in self.matrices for matrix in block)
+
+    def removed(self) -> int:
+        """Number of weights that will go under a uniform allocation."""
+        return sum(self.pattern(m).removed(m.out, m.width) for block in self.matrices for m in block)
+
+    def seconds(self) -> float:
+        """A rough estimate of the run's time from this machine's speed at one small product of the compute type."""
+        if not self.calibrated:
+            return self.checkpoint.nbytes / 5e8
+        size = 512
+        a = torch.randn(size, size, device=self.skeleton.device).to(self.skeleton.dtype)
+        (a @ a).sum().item()
+        start, rounds = time.perf_counter(), 0
+        while time.perf_counter() - start < 0.2:
+            (a @ a).sum().item()
+            rounds += 1
+        rate = 2 * size**3 * rounds / (time.perf_counter() - start)
+        recipe = self.recipe
+        composition = Composition(recipe.score, recipe.update or "none")
+        passes = (1.2 if recipe.propagate == "layer" else 2.0) + (1 if recipe.inherit else 0)
+        tokens = recipe.samples * self.seqlen
+        work = 2.0 * self.weights() * tokens * passes
+        if composition.needs == Needs.GRAM:
+            work += sum(2.0 * tokens * m.width**2 + 30.0 * m.out * m.width**2 for block in self.matrices for m in block)
+        return work / rate + self.checkpoint.nbytes / 5e8
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "model": self.model,
+            "out": str(self.out),
+            "recipe": self.recipe.as_dict(),
+            "layers": [
+                {
+                    "name": m.name,
+                    "shape": [m.out, m.width],
+                    "pattern": self.pattern(m).text,
+                    "sparsity": self.pattern(m).removed(m.out, m.width) / m.numel,
+                }
+                for block in self.matrices
+                for m in block
+            ],
+            "left_dense": self.dense,
+            "weights": self.weights(),
+            "sparsity": self.removed() / max(1, self.weights()),
+            "estimated_seconds": round(self.seconds(), 1),
+            "estimated_memory_bytes": self.memory,
+            "disk_bytes": self.checkpoint.nbytes,
+            "notes": self.notes,
+        }
+
+
+def pattern_of(recipe: Recipe, sparsity: Fraction) -> Pattern:
+    """The pattern that a resolved recipe asks for at a sparsity."""
+    if recipe.pattern is not None:
+        return NM.parse(recipe.pattern)
+    if recipe.variant:
+        return Variant(sparsity)
+    assert recipe.group is not None
+    return Unstructured(sparsity, int(recipe.group[6:]) if recipe.group.startswith("block:") else recipe.group)
+
+
+def make_plan(model: str | Path, out: Path, recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
+    """Check everything and lay the run out; loads no weights, writes nothing.
+
+    Raises ConfigurationError with all faults that were found.
+    """
+    faults = recipe.faults()
+    folder = None
+    try:
+        folder = resolve(str(model), recipe.trust_remote_code)
+    except ConfigurationError as error:
+        faults += error.faults
+    faults += output_faults(out, folder, overwrite, resume)
+    if folder is None:
+        raise ConfigurationError(faults)
+    checkpoint = skeleton = None
+    try:
+        checkpoint = Checkpoint.open(folder)
+        device = pick_device(recipe.device)
+        dtype = compute_dtype(device, recipe.dtype, stored_dtype(load_config(folder, recipe.trust_remote_code)))
+        skeleton = Skeleton(checkpoint, dtype, device, recipe.trust_remote_code)
+    except ConfigurationError as error:
+        faults += [fault for fault in error.faults if fault not in faults]
+    if checkpoint is None or skeleton is None:
+        raise ConfigurationError(faults)
+    seqlen, seqlen_faults = sequence_length(skeleton.model, recipe)
+    faults += seqlen_faults
+    matrices, dense, matrix_faults = choose(skeleton.model, skeleton.blocks, recipe)
+    faults += matrix_faults
+    if faults:
+        raise ConfigurationError(faults)
+    recipe = recipe.resolved()
+    needs, notes = needs_of(recipe), []
+    calibrated = needs > Needs.NOTHING
+    if not calibrated and recipe.calibration != Recipe.calibration:
+        notes.append(f"calibration {recipe.calibration} is not used: {recipe.method} needs none")
+    plan = Plan(
+        str(model),
+        checkpoint,
+        skeleton,
+        recipe,
+        out,
+        matrices,
+        dense,
+        seqlen,
+        recipe.batch or max(1, _TOKENS // seqlen),
+        calibrated,
+        notes=notes,
+    )
+    _fit(plan)
+    return plan
+
+
+def needs_of(recipe: Recipe) -> Needs:
+    """What calibration has to accumulate for a resolved recipe, its allocation included."""
+    from wanda.allocation import ALLOCATIONS
+
+    assert recipe.update is not None and recipe.allocation is not None
+    return max(Composition(recipe.score, recipe.update).needs, ALLOCATIONS.get(recipe.allocation).needs)
+
+
+def sequence_length(model: Any, recipe: Recipe) -> tuple[int, list[str]]:
+    """Tokens of a calibration sequence, and faults: more than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if recipe.seqlen is None:
+        return min(_CONTEXT, context or _CONTEXT), []
+    if context is not None and recipe.seqlen > context:
+        return recipe.seqlen, [f"--seqlen {recipe.seqlen} is more than the model's context of {context} tokens"]
+    return recipe.seqlen, []
+
+
+def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]], dict[str, str], list[str]]:
+    """The matrices to prune (a list a block), the parameters left dense with the reason, and faults."""
+    matrices: list[list[Matrix]] = []
+    dense: dict[str, str] = {}
+    faults: list[str] = []
+    names: list[str] = []
+    for index, block in enumerate(blocks.modules):
+        found, left = find_matrices(block, blocks.prefix(index))
+        names += [matrix.name for matrix in found]
+        wanted = [matrix for matrix in found if recipe.wants(matrix.name)]
+        left |= {matrix.name: "by --include or --exclude" for matrix in found if not recipe.wants(matrix.name)}
+        matrices.append(wanted)
+        dense |= left
+    for option, globs in (("include", recipe.include), ("exclude", recipe.exclude)):
+        for glob in globs:
+            if not any(dataclasses.replace(recipe, include=(glob,), exclude=()).wants(name) for name in names):
+                faults.append(f"--{option} {glob} matches no matrix; their names are like {names[0] if names else '-'}")
+    for text in recipe.sparsity_of:
+        glob = text.rpartition("=")[0]
+        if glob and not any(dataclasses.replace(recipe, include=(glob,), exclude=()).wants(name) for name in names):
+            faults.append(f"--sparsity-of {text} matches no matrix; their names are like {names[0] if names else '-'}")
+    if not any(matrices) and not faults:
+        faults.append(f"{type(model).__name__} has no matrix to prune")
+    try:
+        pattern = NM.parse(recipe.pattern) if recipe.pattern is not None else None
+    except ConfigurationError:
+        pattern = None  # told by the recipe's own check
+    if pattern is not None:
+        odd = sorted({_kind(m.name) for block in matrices for m in block if m.width % pattern.m})
+        if odd:
+            faults.append(
+                f"--pattern {pattern.text}: the inputs of {', '.join(odd)} are not a multiple of {pattern.m}; "
+                f"leave them dense with {' '.join(f'--exclude {glob!r}' for glob in odd)}"
+            )
+    return matrices, dense, faults
+
+
+def _kind(name: str) -> str:
+    """A glob for the same matrix in every block: numbers become *."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _fit(plan: Plan) -> None:
+    """Estimate the peak memory and, under --memory, choose what stays below it; raises ConfigurationError with the least.
+
+    Tried in this order: as asked; activations in a file; two passes, so that only one micro-batch's intermediate
+    activations are alive, one sequence at a time.
+    """
+    plan.memory = _estimate(plan)
+    recipe = plan.recipe
+    if recipe.memory is None:
+        return
+    cap = parse_bytes(recipe.memory)
+    folder = partial_folder(plan.out).parent
+    while not folder.exists():
+        folder = folder.parent
+    steps: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"activation_folder": folder}, "activations go to a file"),
+        ({"recipe": dataclasses.replace(recipe, propagate="block")}, "two passes a block (--propagate block)"),
+        ({"batch": 1}, "one sequence a micro-batch"),
+    ]
+    notes = []
+    for changes, note in steps:
+        if not plan.calibrated and note:
+            continue
+        if all(getattr(plan, name) == value for name, value in changes.items()) and note:
+            continue
+        for name, value in changes.items():
+            setattr(plan, name, value)
+        plan.memory = _estimate(plan)
+        notes += [note] if note else []
+        if plan.memory <= cap:
+            if notes:
+                plan.notes.append(f"to stay below {recipe.memory}: {'; '.join(notes)}")
+            return
+    raise ConfigurationError(
+        f"--memory {recipe.memory} is too little for this model and calibration: the least is {plan.memory / 1e9:.2f}GB; "
+        "fewer or shorter samples need less"
+    )
+
+
+def _estimate(plan: Plan) -> int:
+    """Peak resident bytes: what this process holds already, the largest block, its working set, the activations."""
+    recipe, skeleton = plan.recipe, plan.skeleton
+    entries = plan.checkpoint.entries
+    outside = sum(entry.nbytes for entry in entries.values())
+    largest, working = 0, 0
+    itemsize = skeleton.dtype.itemsize
+    config = skeleton.model.config.get_text_config()
+    tokens = recipe.samples * plan.seqlen
+    at_once = plan.batch * plan.seqlen if recipe.propagate == "block" else tokens
+    for index in range(len(skeleton.blocks)):
+        keys = skeleton.block_keys(index)
+        stored = sum(entries[key].nbytes for key in keys)
+        outside -= stored
+        copies = 1 if all(entries[key].dtype == skeleton.dtype for key in keys) else 2
+        most = max((m.numel for m in plan.matrices[index]), default=0)
+        width = max((max(m.out, m.width) for m in plan.matrices[index]), default=0)
+        needs = needs_of(recipe)
+        grams = 0
+        if needs == Needs.GRAM:
+            widths = {m.width for m in plan.matrices[index]}
+            one = max(widths, default=0) ** 2 * 4
+            kept = sum(w * w * 4 for w in widths) * (2 if recipe.propagate == "block" else 1)
+            grams = (kept + one * 4) * (2 if recipe.inherit else 1)
+        in_flight = at_once * itemsize * (2 * int(config.hidden_size) + 3 * width) if plan.calibrated else 0
+        in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
+        largest = max(largest, stored * copies)
+        working = max(working, most * 14 + grams + in_flight)
+    between = tokens * int(config.hidden_size) * itemsize * (2 if recipe.inherit else 1) if plan.calibrated else 0
+    if plan.activation_folder is not None:
+        between = 0
+    head = outside if plan.calibrated else 0
+    return _resident() + _SLACK + max(head, largest + working) + between
+
+
+def _resident() -> int:
+    """Resident bytes of this process now; 400 MB where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 400 << 20
+    import os
+
+    return pages * os.sysconf("SC_PAGE_SIZE")

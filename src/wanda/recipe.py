@@ -1,0 +1,198 @@
+"""Every option of a pruning run, frozen; what can be checked without the model is checked here, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from wanda.errors import ConfigurationError
+
+_AXES = ("score", "group", "update", "allocation", "propagate", "inherit")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a pruning run does; two runs with the same recipe, input and machine write the same bytes."""
+
+    method: str = "wanda"
+    """Named composition of score, group, update and allocation; see `wanda methods`."""
+    score: str | None = None
+    """How much a weight matters; overrides the method's."""
+    group: str | None = None
+    """Which weights compete: row, layer, column or block:K (K columns over all rows); overrides the method's."""
+    variant: bool = False
+    """Wanda's variant: one threshold on running sums instead of a count per row."""
+    sparsity: float | None = None
+    """Share of the weights to remove, in [0, 1); 0.5 when nothing is said."""
+    pattern: str | None = None
+    """N:M: N survive of every M consecutive inputs, such as 2:4; the sparsity follows."""
+    update: str | None = None
+    """What the surviving weights do about the removed ones, a chain such as swap+pcg; overrides the method's."""
+    allocation: str | None = None
+    """How the sparsity is shared out among the blocks; overrides the method's."""
+    inherit: float | None = None
+    """Share, 0 to 1, of the dense model's inputs in a Gram-based update's target (a second stream of activations)."""
+    calibration: str = "c4"
+    """Calibration text: c4, wikitext2, ptb, builtin, or a file (FILE, FILE.jsonl:field, FILE.parquet:field+field)."""
+    samples: int = 128
+    """Number of calibration sequences."""
+    seqlen: int | None = None
+    """Tokens of a calibration sequence; min(2048, the model's context) when nothing is said."""
+    seed: int = 0
+    """Seed of the calibration sampling."""
+    include: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """Prune only matrices whose name matches one of these globs."""
+    exclude: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """Leave matrices dense whose name matches one of these globs."""
+    sparsity_of: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """GLOB=S: another sparsity for the matrices whose name matches; the last match counts."""
+    propagate: Literal["block", "layer"] | None = None
+    """layer: one pass, every layer sees the pruned inputs it will get; block: the paper's two passes."""
+    experts: Literal["routed", "all"] = "routed"
+    """Statistics of experts from the tokens routed to them, or with every expert seeing every token."""
+    expert_tokens: int = 32
+    """An expert that saw fewer tokens is pruned by magnitude per row, and named."""
+    batch: int | None = None
+    """Sequences in a micro-batch; about 1024 tokens when nothing is said."""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
+    device: str = "auto"
+    """Where blocks are computed: auto, cpu, cuda, cuda:1, mps."""
+    memory: str | None = None
+    """Most resident memory to use, such as 4GB: activations go to a file and micro-batches shrink to stay below."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model."""
+
+    def resolved(self, text: bool = True) -> Recipe:
+        """This recipe with every axis filled in from the method; raises ConfigurationError with all faults.
+
+        text: check the calibration text too, which a model in memory does not use.
+        """
+        faults = self.faults(text)
+        if faults:
+            raise ConfigurationError(faults)
+        from wanda.methods import METHODS
+        from wanda.updates import UPDATES
+
+        method = METHODS.get(self.method)
+        filled: dict[str, Any] = {axis: getattr(self, axis) for axis in _AXES}
+        for axis, value in filled.items():
+            if value is None:
+                filled[axis] = getattr(method, axis)
+        if self.score is None and any(UPDATES.get(u).owns_mask for u in filled["update"].split("+")):
+            filled["score"] = None
+        if self.inherit is None and all(UPDATES.get(u).needs < 2 for u in filled["update"].split("+")):
+            filled["inherit"] = 0.0  # the method's, which another update was put in place of
+        if filled["propagate"] is None:
+            filled["propagate"] = "layer"
+        if self.pattern is None and self.sparsity is None:
+            filled["sparsity"] = 0.5
+        return dataclasses.replace(self, **filled)
+
+    def faults(self, text: bool = True) -> list[str]:
+        """Everything wrong with this recipe that can be told without the model, one sentence each."""
+        from wanda.calibration import check_source
+        from wanda.composition import faults as composition_faults
+        from wanda.device import pick_device
+
+        faults: list[str] = []
+        for name, least in (("samples", 1), ("seqlen", 2), ("batch", 1), ("expert_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                faults.append(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for given in self.sparsity_of:
+            _, equals, value = given.rpartition("=")
+            try:
+                ok = bool(equals) and 0 <= Fraction(value) < 1
+            except (ValueError, ZeroDivisionError):
+                ok = False
+            if not ok:
+                faults.append(f"--sparsity-of {given} is not GLOB=S with S in [0, 1)")
+        if self.sparsity_of and self.pattern is not None:
+            faults.append("--sparsity-of cannot vary what --pattern fixes; leave one of them out")
+        if self.memory is not None:
+            try:
+                parse_bytes(self.memory)
+            except ValueError as error:
+                faults.append(str(error))
+        try:
+            pick_device(self.device)
+        except ConfigurationError as error:
+            faults += error.faults
+        faults += composition_faults(
+            method=self.method,
+            score=self.score,
+            group=self.group,
+            variant=self.variant,
+            sparsity=self.sparsity,
+            pattern=self.pattern,
+            update=self.update,
+            allocation=self.allocation,
+            inherit=self.inherit,
+        )
+        return faults + (check_source(self.calibration) if text else [])
+
+    def wants(self, name: str) -> bool:
+        """Whether the matrix called `name` is to be pruned."""
+        included = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
+        return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def sparsity_for(self, name: str, otherwise: Fraction) -> Fraction:
+        """The sparsity of the matrix called `name`: --sparsity-of's last match, else `otherwise`."""
+        for text in reversed(self.sparsity_of):
+            glob, _, value = text.rpartition("=")
+            if fnmatchcase(name, glob):
+                return Fraction(value)
+        return otherwise
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of as_dict; raises ConfigurationError for fields this version does not know."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ConfigurationError(f"the recipe has fields this version does not know: {', '.join(unknown)}")
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
+
+    @classmethod
+    def from_file(cls, file: Path) -> Recipe:
+        """The recipe of an earlier run's wanda.json; raises ConfigurationError when it holds none."""
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+        except OSError as error:
+            raise ConfigurationError(f"recipe {file} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"{file} holds no recipe; give the wanda.json of an earlier run") from error
+
+    def over(self, base: Recipe) -> Recipe:
+        """`base` with every field of this recipe that differs from its default."""
+        changed = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        return dataclasses.replace(base, **changed)
+
+
+def parse_bytes(text: str) -> int:
+    """ "4GB", "512 MiB", "3e9" in bytes; raises ValueError."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    units |= {"k": 10**3, "m": 10**6, "g": 10**9}
+    stripped = text.strip().lower()
+    number = stripped.rstrip("bkmgi ")
+    try:
+        value = float(number) * units[stripped[len(number) :].strip()]
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is no size; write it like 4GB or 512MiB") from None
+    return int(value)

@@ -1,0 +1,96 @@
+"""Taps: seeing every product with a prunable matrix, whichever module or function makes it.
+
+Module hooks miss experts kept as one 3-D parameter and weights that are used without calling their module; a
+TorchFunctionMode sees the product itself and knows the matrix by the place of its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from wanda.errors import RunError
+from wanda.weights import Matrix
+
+Hit = tuple[Matrix, Tensor]  # a matrix and the input [..., in] it is multiplied with
+
+_X_TIMES_W = {  # the arguments (input, weight) of a product input @ weight
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.bmm: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.mm: (0, 1),
+    Tensor.bmm: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+    Tensor.addmm: (1, 2),
+}
+
+
+class Taps(TorchFunctionMode):
+    """While active, calls `on_product(hits, compute)` in place of every product with one of the matrices.
+
+    hits: the matrices of the product with their inputs (several when a batched product runs all experts at once).
+    compute: runs the product. on_product returns the product's value; the taps are off while it runs.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        matrices: Sequence[Matrix],
+        on_product: Callable[[list[Hit], Callable[[], Any]], Any],
+    ):
+        super().__init__()
+        self.on_product = on_product
+        self._single: dict[int, tuple[Matrix, Tensor]] = {}
+        self._fused: dict[int, list[tuple[Matrix, Tensor]]] = {}
+        for matrix in matrices:
+            parameter = parameters[matrix.parameter]
+            view = matrix.view(parameter)
+            self._single[view.data_ptr()] = (matrix, view)
+            if matrix.expert is not None:
+                self._fused.setdefault(parameter.data_ptr(), []).append((matrix, view))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        hits: list[Hit] = []
+        if func is nn.functional.linear:
+            hits = self._match(args[0], args[1] if len(args) > 1 else kwargs["weight"], contracted=-1)
+        elif func in _X_TIMES_W:
+            first, second = _X_TIMES_W[func]
+            if len(args) > second:
+                x, w = args[first], args[second]
+                hits = self._match(x, w, contracted=-2)
+                if not hits and x.ndim >= 2 and w.ndim >= 2:  # weight @ input^T
+                    hits = self._match(w.transpose(-1, -2), x, contracted=-1)
+        if not hits:
+            return func(*args, **kwargs)
+        return self.on_product(hits, lambda: func(*args, **kwargs))
+
+    def _match(self, x: Tensor, weight: Any, contracted: int) -> list[Hit]:
+        if not isinstance(weight, Tensor) or weight.ndim < 2:
+            return []
+        pointer = weight.data_ptr()
+        fused = self._fused.get(pointer) if weight.ndim == 3 else None
+        if fused is not None and weight.shape[0] == len(fused):
+            for matrix, view in fused:
+                self._check(matrix, view, weight, contracted)
+            return [(matrix, x[index]) for index, (matrix, _) in enumerate(fused)]
+        found = self._single.get(pointer)
+        if found is None or weight.ndim != 2:
+            return []
+        self._check(*found, weight, contracted)
+        return [(found[0], x)]
+
+    @staticmethod
+    def _check(matrix: Matrix, view: Tensor, weight: Tensor, contracted: int) -> None:
+        if weight.shape[contracted] != matrix.width or weight.stride(contracted) != view.stride(1):
+            raise RunError(
+                f"{matrix.name} is multiplied along its other dimension than its module says (layout of experts); "
+                "leave it out with --exclude"
+            )

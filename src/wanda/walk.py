@@ -1,0 +1,313 @@
+"""One block, all micro-batches: gather the statistics of its matrices, have them pruned, move the hidden states on.
+
+Two ways (docs/design.md): `block` passes twice, once dense for the statistics and once pruned for the next block;
+`layer` passes once: every micro-batch runs in a greenlet of its own that waits before each matrix until all
+micro-batches have brought their input, the matrix is pruned, and the product runs with the pruned weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from wanda.activations import Activations
+from wanda.blocks import Call, refuse_changed_arguments
+from wanda.errors import RunError
+from wanda.statistics import Needs, Statistics
+from wanda.taps import Hit, Taps
+from wanda.weights import Matrix
+
+Solve = Callable[[Matrix, Statistics], None]  # prunes a matrix in place once its statistics are complete
+
+
+class _Enough(Exception):
+    """The pass has seen the input of the block's last matrix; what follows would not be used."""
+
+
+@dataclass
+class _Input:
+    """The sums of one input, the first matrix that has it, and whether all processes' sums are in."""
+
+    statistics: Statistics
+    owner: str
+    reduced: bool = False
+
+
+@dataclass
+class Walk:
+    """A block with what flows through it.
+
+    block, prefix: the module and its name in the model with the final dot.
+    matrices: to be pruned, in the order of the block's modules.
+    calls: the block's arguments, one Call a micro-batch.
+    hidden: hidden states that enter; replaced by those that leave.
+    dense: hidden states of the dense model, kept beside when inherited errors are to be repaired; else None.
+    needs: what the statistics must hold.
+    all_experts: show every token to every expert first, for the statistics alone.
+    reduce: adds a Statistics over all processes before it is used.
+    """
+
+    block: nn.Module
+    prefix: str
+    matrices: Sequence[Matrix]
+    calls: Sequence[Call]
+    hidden: Activations
+    dense: Activations | None = None
+    needs: Needs = Needs.NORMS
+    device: torch.device | str = "cpu"
+    all_experts: bool = False
+    reduce: Callable[[Sequence[Statistics]], None] = lambda statistics: None
+    late: dict[str, int] = field(default_factory=dict)  # tokens that came after their matrix was pruned
+
+    def __post_init__(self) -> None:
+        self._parameters = {self.prefix + n: p for n, p in self.block.named_parameters()}
+        self._rank = {matrix.name: rank for rank, matrix in enumerate(self._in_order())}
+        self._last: dict[int, tuple[Tensor, int, _Input]] = {}  # micro-batch -> its last input
+        self._inputs: dict[str, _Input] = {}  # matrix -> its input
+        self._current = 0  # the micro-batch that runs, where it has no greenlet of its own
+        self._showing: set[tuple[int, bool]] = set()  # who is showing all tokens to all experts
+
+    def forward(self) -> None:
+        """Move the hidden states through the block as it is."""
+        for index, call in enumerate(self.calls):
+            self.hidden[index] = call.run(self.block, self.hidden[index].to(self.device))
+
+    def gather(self) -> list[Matrix]:
+        """Gather the statistics of all matrices in a dense pass; returns those matrices whose input was seen, in order.
+
+        The dense stream, when there is one, moves on; the hidden states stay. Without one, passes after the first
+        stop at the input of the last matrix.
+        """
+        order: list[str] = []
+
+        def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
+            for matrix, x in hits:
+                if self._counts(matrix):
+                    if current == 0:
+                        order.append(matrix.name)
+                    self._observe(current, matrix, x, beside.pop(matrix.name, None))
+            if stop and current > 0 and hits[-1][0].name == order[-1]:
+                raise _Enough
+            return compute()
+
+        stop = all(matrix.expert is None for matrix in self.matrices)
+        taps = Taps(self._parameters, self.matrices, on_product)
+        beside: dict[str, Tensor] = {}
+        for current, call in enumerate(self.calls):
+            self._current = current
+            if self.dense is not None:
+                beside = self._dense_inputs(current)
+            hidden = self.hidden[current].to(self.device)
+            try:
+                with taps, self._all_experts():
+                    if current == 0:
+                        refuse_changed_arguments(call, self.block, hidden, self.prefix.rstrip("."))
+                    else:
+                        call.run(self.block, hidden)
+            except _Enough:
+                pass
+        self._last.clear()
+        self.reduce([i.statistics for n, i in self._inputs.items() if i.owner == n])
+        return [matrix for matrix in self._in_order() if matrix.name in self._inputs]
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """What was gathered, by matrix; matrices with the same input share theirs."""
+        return {name: found.statistics for name, found in self._inputs.items()}
+
+    def prune_by_block(self, solve: Solve) -> None:
+        """Gather, prune all matrices, pass again with the pruned weights."""
+        for matrix in self.gather():
+            solve(matrix, self._inputs[matrix.name].statistics)
+        self._inputs.clear()
+        self.forward()
+
+    def prune_by_layer(self, solve: Solve) -> None:
+        """Prune each matrix when all micro-batches have brought its input; one pass (two streams: one pass each)."""
+        hub = getcurrent()
+        solved: set[str] = set()
+        beside: list[dict[str, Tensor]] = [{} for _ in self.calls]
+        waiting: dict[int, list[Matrix]] = {}
+
+        def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
+            me = getcurrent()
+            index, dense = me.place  # type: ignore[attr-defined]
+            if dense:
+                output = compute()  # with the weights that are still dense
+                beside[index].update({matrix.name: x for matrix, x in hits})
+                hub.switch([matrix for matrix, _ in hits])
+                return output
+            fresh = []
+            for matrix, x in hits:
+                if not self._counts(matrix):
+                    continue
+                if matrix.name in solved:
+                    self.late[matrix.name] = self.late.get(matrix.name, 0) + x.numel() // matrix.width
+                else:
+                    self._observe(index, matrix, x, beside[index].pop(matrix.name, None))
+                    fresh.append(matrix)
+            if fresh:
+                hub.switch(fresh)
+            return compute()
+
+        def run(index: int, dense: bool) -> None:
+            stream = self.dense if dense else self.hidden
+            assert stream is not None
+            hidden = stream[index].to(self.device)
+            with taps:  # off again whenever a greenlet is left: on_product is, and it is where they switch
+                if index == 0:
+                    output = refuse_changed_arguments(self.calls[0], self.block, hidden, self.prefix.rstrip("."))
+                else:
+                    output = self.calls[index].run(self.block, hidden)
+            stream[index] = output
+
+        def resume(runner: greenlet) -> list[Matrix] | None:
+            found = runner.switch(*runner.place) if not runner else runner.switch()  # type: ignore[attr-defined]
+            return None if runner.dead else found
+
+        def start(index: int, dense: bool) -> greenlet:
+            runner = greenlet(run)
+            runner.place = (index, dense)  # type: ignore[attr-defined]
+            return runner
+
+        runners = [start(index, False) for index in range(len(self.calls))]
+        ahead = [start(index, True) for index in range(len(self.calls))] if self.dense is not None else []
+        moving = list(range(len(self.calls)))
+        taps = Taps(self._parameters, self.matrices, on_product)
+        with self._all_experts():
+            try:
+                while moving:
+                    for index in moving:
+                        if ahead and not ahead[index].dead:
+                            resume(ahead[index])
+                        found = resume(runners[index])
+                        if found is not None:
+                            waiting[index] = found
+                    turn = self._turn(waiting)
+                    moving = [index for index, found in waiting.items() if found[0].name == turn]
+                    here = {m.name: m for index in moving for m in waiting.pop(index)}
+                    for matrix in sorted(here.values(), key=lambda m: self._rank[m.name]):
+                        complete = self._inputs.pop(matrix.name)
+                        if not complete.reduced:
+                            self.reduce([complete.statistics])
+                            complete.reduced = True
+                        solve(matrix, complete.statistics)
+                        solved.add(matrix.name)
+            finally:  # unwind what still waits
+                for runner in (*runners, *ahead):
+                    if runner:
+                        runner.throw(GreenletExit)
+        self._last.clear()
+
+    def _counts(self, matrix: Matrix) -> bool:
+        """Whether what the matrix is multiplied with now belongs to its statistics."""
+        return matrix.expert is None or not self.all_experts or self._place() in self._showing
+
+    def _place(self) -> tuple[int, bool]:
+        return getattr(getcurrent(), "place", (self._current, False))
+
+    @contextlib.contextmanager
+    def _all_experts(self) -> Iterator[None]:
+        """With `all_experts`: before a fused experts module runs, run it once with every token sent to every expert."""
+
+        def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            place = self._place()
+            if place in self._showing or place[1]:
+                return
+            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            x, weights = bound["hidden_states"], bound["top_k_weights"]
+            everyone = torch.arange(count[id(module)], device=x.device).expand(len(x), -1)
+            self._showing.add(place)
+            try:
+                module.forward(x, everyone, torch.full_like(everyone, 1.0, dtype=weights.dtype))
+            finally:
+                self._showing.discard(place)
+
+        count: dict[int, int] = {}
+        handles = []
+        if self.all_experts:
+            for matrix in self.matrices:
+                if matrix.expert is None:
+                    continue
+                module = self.block.get_submodule(matrix.parameter.removeprefix(self.prefix).rpartition(".")[0])
+                if id(module) not in count:
+                    if not {"hidden_states", "top_k_index", "top_k_weights"} <= set(
+                        inspect.signature(module.forward).parameters
+                    ):
+                        raise RunError(
+                            f"{type(module).__name__} cannot send every token to every expert; use --experts routed"
+                        )
+                    handles.append(module.register_forward_pre_hook(show, with_kwargs=True))
+                count[id(module)] = max(count.get(id(module), 0), matrix.expert + 1)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _turn(self, waiting: dict[int, list[Matrix]]) -> str | None:
+        """The first matrix, in order, that a micro-batch waits for: no micro-batch can still arrive there."""
+        names = [found[0].name for found in waiting.values()]
+        return min(names, key=self._rank.__getitem__) if names else None
+
+    def _observe(self, index: int, matrix: Matrix, x: Tensor, beside: Tensor | None) -> None:
+        """Add the input x of micro-batch `index` to the matrix's statistics, once for all matrices that share it."""
+        last = self._last.get(index)
+        shared = (
+            last is not None
+            and last[0].data_ptr() == x.data_ptr()
+            and last[0].shape == x.shape
+            and last[0].stride() == x.stride()
+            and last[1] == x._version
+        )
+        known = self._inputs.get(matrix.name)
+        if shared:
+            assert last is not None
+            if known is None:
+                self._inputs[matrix.name] = last[2]
+                return
+            if known is last[2]:
+                return
+        elif known is not None and known.owner != matrix.name:
+            raise RunError(f"{matrix.name} shares its input with {known.owner} in some micro-batches only")
+        if known is None:
+            inherit = self.dense is not None and matrix.expert is None  # routing differs between the two streams
+            known = _Input(Statistics(matrix.width, self.needs, self.device, inherit=inherit), matrix.name)
+            self._inputs[matrix.name] = known
+        known.statistics.update(x, beside if known.statistics.inherit else None)
+        self._last[index] = (x, x._version, known)  # holds x, so that its memory is not given to another input
+
+    def _dense_inputs(self, index: int) -> dict[str, Tensor]:
+        """Move the dense stream's micro-batch `index` through the block; returns every matrix's input on the way."""
+        inputs: dict[str, Tensor] = {}
+
+        def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
+            inputs.update({matrix.name: x for matrix, x in hits})
+            return compute()
+
+        assert self.dense is not None
+        with Taps(self._parameters, self.matrices, on_product):
+            self.dense[index] = self.calls[index].run(self.block, self.dense[index].to(self.device))
+        return inputs
+
+    def _in_order(self) -> list[Matrix]:
+        """Module order, but the matrices of one expert together: an expert runs all of its matrices before the next."""
+        place = {matrix.name: index for index, matrix in enumerate(self.matrices)}
+        first: dict[str, int] = {}  # the first matrix of each fused experts module
+        for matrix in self.matrices:
+            if matrix.expert is not None:
+                first.setdefault(matrix.parameter.rpartition(".")[0], place[matrix.name])
+
+        def key(matrix: Matrix) -> tuple[int, int, int]:
+            if matrix.expert is None:
+                return place[matrix.name], 0, 0
+            return first[matrix.parameter.rpartition(".")[0]], matrix.expert, place[matrix.name]
+
+        return sorted(self.matrices, key=key)
