@@ -5,6 +5,7 @@ Only safetensors weights are read. Everything else is refused here, before anyth
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -12,6 +13,8 @@ import os
 import re
 import shutil
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +153,10 @@ def load_model(
     place = pick_device(device) if isinstance(device, str) else device
     kind = compute_dtype(place, dtype, stored_dtype(config))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        with bars_on_terminals_only():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
     return model.to(place).eval()
@@ -180,6 +184,21 @@ def stored_dtype(config: Any) -> torch.dtype | None:
 def context_length(config: Any) -> int | None:
     """How many tokens a model can see at once, by its config; None for a model without such a limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextlib.contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' progress bars out of logs."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
@@ -268,7 +287,8 @@ def _from_gguf(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{key}.{os.getpid()}.partial")
     try:
-        _dequantise(file, partial)
+        with bars_on_terminals_only():
+            _dequantise(file, partial)
         check_folder(partial)
         try:
             partial.rename(folder)

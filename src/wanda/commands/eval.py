@@ -1,0 +1,217 @@
+"""`wanda eval`: perplexity, distance from the dense model, and tasks, of one model or of several side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from wanda.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from wanda.evaluation.perplexity import Perplexity
+    from wanda.evaluation.tasks import Score
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how."""
+
+    text: str | None = None
+    """Text for perplexity: c4, wikitext2, ptb, builtin (the part that calibration never sees) or a file
+    (FILE, FILE.jsonl:field, FILE.parquet:field+field); builtin when neither a text nor tasks are asked for."""
+    seqlen: int | None = None
+    """Tokens a window; min(2048, the smallest of the models' contexts) when nothing is said."""
+    windows: int | None = None
+    """Measure the first so many windows only."""
+    against: str | None = None
+    """A dense model: adds the mean KL divergence from its predictions, in nats a token."""
+    tasks: Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)] = ()
+    """Tasks of lm-evaluation-harness, separated by commas or blanks; paper: the paper's seven and their mean."""
+    fewshot: int | None = None
+    """Examples in front of every question; what the task says when nothing is said."""
+    limit: int | None = None
+    """Score the first so many records of every task only."""
+    data: Path | None = None
+    """Folder of local copies of the tasks' data sets, for work without a network."""
+    include_path: Path | None = None
+    """Folder of task files of your own."""
+    batch: int | None = None
+    """Windows (or task requests) in a forward pass; what memory allows (8) when nothing is said."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a model."""
+    json: bool = False
+    """End with one JSON object on standard output instead of tables."""
+
+
+@dataclass
+class Result:
+    """What came out for one model."""
+
+    model: str
+    folder: Path
+    perplexity: Perplexity | None = None
+    scores: Sequence[Score] = ()
+    mean: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "model": self.model,
+            "perplexity": None if self.perplexity is None else self.perplexity.as_dict(),
+            "tasks": [vars(score) for score in self.scores],
+            "mean_of_paper": self.mean,
+        }
+
+
+def eval_command(*models: str, options: Options | None = None) -> None:
+    """Measure perplexity on a text, or tasks, of one or more models; results also go into a pruned folder's wanda.json.
+
+    Parameters
+    ----------
+    models
+        Folders, hub ids or .gguf files.
+    """
+    options = options or Options()
+    results = evaluate(models, options)
+    if options.json:
+        print(json.dumps({"results": [result.as_dict() for result in results]}))
+    else:
+        _show(results, options)
+
+
+def evaluate(models: Sequence[str], options: Options) -> list[Result]:
+    """Everything that `options` asks for, of every model in turn; all faults of the request are one error."""
+    from wanda.checkpoint.source import load_model, load_tokenizer
+    from wanda.evaluation.perplexity import measure, text_windows
+    from wanda.evaluation.record import record
+    from wanda.evaluation.tasks import load_tasks, mean_of_paper
+
+    folders, seqlen = _check(models, options)
+    tasks = [name for part in options.tasks for name in part.split(",") if name]
+    suite = None
+    if tasks:
+        suite = load_tasks(tasks, fewshot=options.fewshot, data=options.data, include_path=options.include_path)
+    text = options.text or (None if tasks else "builtin")
+    trust = options.trust_remote_code
+    dense = None
+    if options.against is not None:
+        dense = load_model(folders[options.against], options.dtype, options.device, trust)
+    results = []
+    for name in models:
+        result = Result(name, folders[name])
+        tokenizer = load_tokenizer(result.folder, trust)
+        model = load_model(result.folder, options.dtype, options.device, trust)
+        if text is not None:
+            ids, label = text_windows(text, tokenizer, seqlen, options.windows)
+            _log(f"{name}: perplexity on {label}, {len(ids)} windows of {seqlen} tokens")
+            result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
+            values = result.perplexity.as_dict() | {"against": options.against}
+            record(result.folder, "perplexity", {f"{label}, {len(ids)} windows of {seqlen} tokens": values})
+        if suite is not None:
+            result.scores = suite.run(model, tokenizer, options.limit, options.batch or 8, partial(_report, name))
+            result.mean = mean_of_paper(result.scores)
+            asked = {"fewshot": options.fewshot, "limit": options.limit}
+            record(result.folder, "tasks", {score.task: vars(score) | asked for score in result.scores})
+        results.append(result)
+        del model
+        gc.collect()  # modules hold cycles, and the next model needs the room now
+    return results
+
+
+def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], int]:
+    """The folder of every model named, and the tokens of a window; nothing heavy is loaded before this returns."""
+    from wanda.calibration import check_source
+    from wanda.checkpoint.source import load_config, resolve
+    from wanda.device import pick_device
+    from wanda.evaluation.perplexity import window_length
+
+    faults = [] if models else ["no model is named: wanda eval MODEL [MODEL ...]"]
+    for option in ("windows", "batch", "limit"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            faults.append(f"--{option} {value} has to be at least 1")
+    if options.text is not None:
+        faults += check_source(options.text)
+    elif options.tasks:
+        faults += _unused(options, ("against", "seqlen", "windows"), "without a text (--text)")
+    if not options.tasks:
+        faults += _unused(options, ("fewshot", "limit", "data", "include_path"), "without tasks (--tasks)")
+    try:
+        pick_device(options.device)
+    except ConfigurationError as error:
+        faults += error.faults
+    folders, lengths = {}, []
+    if not faults:
+        for name in dict.fromkeys([*models, *([options.against] if options.against is not None else [])]):
+            try:
+                folders[name] = resolve(name, options.trust_remote_code)
+                lengths.append(window_length(load_config(folders[name], options.trust_remote_code), options.seqlen))
+            except ConfigurationError as error:
+                faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]
+    if faults:
+        raise ConfigurationError(faults)
+    return folders, min(lengths)
+
+
+def _unused(options: Options, names: Sequence[str], without: str) -> list[str]:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    return [f"{' and '.join(given)} would change nothing {without}; name what to measure"] if given else []
+
+
+def _report(model: str, score: Score) -> None:
+    _log(f"{model}: {score.task} {_score(score)}")
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.2%}" + ("" if score.error is None else f" ± {score.error:.2%}")
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(results: Sequence[Result], options: Options) -> None:
+    """The results as tables that fit the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    measured = [(result.model, result.perplexity) for result in results if result.perplexity is not None]
+    if measured:
+        first = measured[0][1]
+        table = Table(title=f"{first.text}: {first.windows} windows of {first.seqlen} tokens", title_justify="left")
+        table.add_column("model", overflow="fold")
+        names = ["perplexity", *(["KL"] if options.against else []), "tokens", "seconds", "dtype"]
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for model, found in measured:
+            kl = [] if found.kl is None else [f"{found.kl:.4f}"]
+            table.add_row(
+                model, f"{found.perplexity:.4g}", *kl, f"{found.tokens:,}", f"{found.seconds:.1f}", found.dtype
+            )
+        console.print(table)
+        if options.against:
+            console.print(f"KL: mean divergence from {options.against}, nats a token")
+    if results and results[0].scores:
+        table = Table(title="tasks", title_justify="left")
+        table.add_column("task")
+        for result in results:
+            table.add_column(result.model, justify="right", overflow="fold")
+        for row in zip(*(result.scores for result in results), strict=True):
+            table.add_row(row[0].task, *(_score(score) for score in row))
+        if results[0].mean is not None:
+            table.add_row("mean of the paper's seven", *(f"{result.mean:.2%}" for result in results))
+        console.print(table)

@@ -1,0 +1,99 @@
+"""`wanda eval` end to end on tiny models: tables, JSON, what is kept with a pruned folder, and bad requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from models import tiny_llama
+from wanda.cli import main
+from wanda.evaluation.perplexity import perplexity
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `wanda eval ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", *arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    return str(file)
+
+
+@pytest.fixture
+def pruned(tiny: Path, tmp_path: Path) -> Path:
+    """A folder with a report and a model card, as pruning leaves it."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "pruned"))
+    (folder / "wanda.json").write_text(json.dumps({"format": 1, "recipe": {"method": "wanda"}}))
+    (folder / "README.md").write_text("# pruned\n\nthe end\n")
+    return folder
+
+
+def test_json_of_several_models_and_the_dense_one(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, text: str
+) -> None:
+    other = tiny_llama(tmp_path / "other", seed=1, max_position_embeddings=64)
+    options = ["--text", text, "--dtype", "float32", "--against", str(tiny)]
+    code, out, err = run(capsys, str(tiny), str(other), *options, "--json")
+    results = json.loads(out.splitlines()[-1])["results"]
+    assert code == 0 and [result["model"] for result in results] == [str(tiny), str(other)]
+    for folder, result in zip((tiny, other), results, strict=True):
+        expected = perplexity(folder, text, seqlen=64, against=tiny, dtype="float32")  # the smaller context of the two
+        assert result["perplexity"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert result["perplexity"]["kl"] == pytest.approx(expected.kl, abs=1e-6)
+        assert result["perplexity"]["tokens"] == expected.windows * 63
+    assert str(other) in err and not (tiny / "wanda.json").exists()
+
+
+def test_table_fits_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, text: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, str(tiny), "--text", text, "--dtype", "float32", "--windows", "2", "--seqlen", "32")
+    expected = perplexity(tiny, text, seqlen=32, windows=2, dtype="float32")
+    assert code == 0 and f"{expected.perplexity:.4g}" in out and "2 windows of 32 tokens" in out.replace("\n", " ")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_results_are_merged_into_the_report_and_the_card(
+    capsys: pytest.CaptureFixture[str], pruned: Path, text: str
+) -> None:
+    before = {file.name: file.read_bytes() for file in pruned.iterdir()}
+    for windows in ("2", "2", "3"):
+        assert run(capsys, str(pruned), "--text", text, "--windows", windows, "--seqlen", "32")[0] == 0
+    report = json.loads((pruned / "wanda.json").read_text())
+    kept = report["evaluation"]["perplexity"]
+    assert report["recipe"] == {"method": "wanda"} and [value["windows"] for value in kept.values()] == [2, 3]
+    card = (pruned / "README.md").read_text()
+    assert card.startswith("# pruned\n\nthe end\n") and card.count("## Evaluation") == 1
+    assert card.count("| perplexity | ") == 2
+    changed = {file.name for file in pruned.iterdir() if before.get(file.name) != file.read_bytes()}
+    assert changed == {"wanda.json", "README.md"}
+
+
+def test_broken_report_is_said_after_measuring(capsys: pytest.CaptureFixture[str], pruned: Path, text: str) -> None:
+    (pruned / "wanda.json").write_text("[")
+    code, _, err = run(capsys, str(pruned), "--text", text, "--windows", "1", "--seqlen", "32")
+    assert code == 1 and "wanda.json" in err and (pruned / "wanda.json").read_text() == "["
+
+
+def test_all_faults_of_a_request_in_one_message(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    code, out, err = run(capsys, str(tiny), "--text", "wikitex", "--windows", "0", "--limit", "3", "--device", "tpu9")
+    assert code == 2 and out == ""
+    for part in ("did you mean wikitext2", "--windows 0", "--limit would change nothing", "tpu9"):
+        assert part in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, str(tmp_path / "empty"), str(tmp_path / "none"), str(tiny), "--seqlen", "4096")
+    assert code == 2
+    for part in ("no config.json", "no such model", "context of 128"):
+        assert part in err
+    code, _, err = run(capsys)
+    assert code == 2 and "no model is named" in err
