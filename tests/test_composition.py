@@ -1,0 +1,102 @@
+"""Compositions that make no sense are told, all faults at once; everything else is let through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from problems import gathered, inputs, weights
+from wanda.allocation import ALLOCATIONS
+from wanda.composition import Composition, faults
+from wanda.errors import RunError
+from wanda.methods import METHODS
+from wanda.patterns import Unstructured, exact
+from wanda.scores import SCORES
+from wanda.statistics import Needs
+from wanda.updates import UPDATES
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "sparsgpt"}, "unknown method 'sparsgpt': did you mean sparsegpt"),
+        ({"score": "wnada"}, "unknown score 'wnada': did you mean wanda"),
+        ({"update": "pgc"}, "unknown update 'pgc': did you mean pcg"),
+        ({"update": "swap+pgc"}, "unknown update 'pgc'"),
+        ({"update": "swap+"}, "unknown update ''"),
+        ({"allocation": "owls"}, "unknown allocation 'owls': did you mean owl"),
+        ({"group": "rows"}, "unknown group 'rows'"),
+        (
+            {"score": "wanda", "update": "admm-iterative"},
+            "chooses its mask itself, so the score wanda would be ignored",
+        ),
+        ({"method": "best", "update": "pcg"}, "needs a score"),
+        ({"update": "pcg+obs"}, "obs chooses a mask anew and cannot come after pcg"),
+        ({"update": "pcg+admm-iterative"}, "admm-iterative chooses a mask anew"),
+        ({"update": "pcg+none"}, "none chooses a mask anew"),
+        ({"update": "swap", "group": "column"}, "breaks the counts of the group column"),
+        ({"update": "swap", "method": "sparsegpt"}, "breaks the counts of the group block:128"),
+        ({"pattern": "2:4", "allocation": "owl"}, "owl cannot vary the pattern 2:4"),
+        ({"pattern": "2:4", "method": "owl"}, "owl cannot vary the pattern 2:4"),
+        ({"pattern": "2:4", "variant": True}, "the variant gives rows different counts"),
+        ({"pattern": "2:4", "group": "layer"}, "the group layer would be ignored"),
+        ({"pattern": "4:2"}, "did you mean 2:4"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "removes 0.5 of the weights and cannot reach 0.6"),
+        ({"variant": True, "group": "layer"}, "the variant is made of rows"),
+        ({"sparsity": 1.0}, "not in [0, 1)"),
+        ({"sparsity": -0.1}, "not in [0, 1)"),
+        ({"sparsity": "half"}, "no number"),
+        ({"inherit": 1.5, "update": "pcg"}, "not a share from 0 to 1"),
+        ({"inherit": 0.5}, "repaired by an update, none solves nothing"),
+    ],
+)
+def test_a_fault_is_told(options: dict, told: str) -> None:
+    found = faults(**options)
+    assert len(found) == 1 and told in found[0]
+
+
+def test_all_faults_at_once() -> None:
+    found = faults(score="x", update="y", pattern="4:2", allocation="z", inherit=2, variant=True, sparsity=3)
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_makes_sense(method: str) -> None:
+    assert faults(method=method) == [] and faults(method=method, sparsity="0.7") == []
+    found = faults(method=method, pattern="2:4", sparsity=0.5)
+    assert found == [] or METHODS.get(method).allocation != "uniform"
+
+
+def test_every_pair_of_score_and_update_makes_sense_unless_the_update_owns_its_mask() -> None:
+    for score in SCORES.names():
+        for update in UPDATES.names():
+            for options in ({"pattern": "2:4"}, {"sparsity": 0.5}, {"sparsity": 0.5, "variant": True}):
+                found = faults(score=score, update=update, **options)
+                assert bool(found) == UPDATES.get(update).owns_mask
+    for allocation in ALLOCATIONS.names():
+        assert faults(allocation=allocation) == []
+
+
+def test_needs_are_the_largest_of_the_parts() -> None:
+    assert Composition("magnitude").needs == Needs.NOTHING
+    assert Composition("wanda").needs == Needs.NORMS
+    assert Composition("magnitude", "pcg").needs == Needs.GRAM
+    assert Composition("obs").needs == Needs.GRAM
+    assert Composition(None, "admm-iterative+pcg").needs == Needs.GRAM
+
+
+def test_numbers_that_are_not_finite_stop_the_run_by_name() -> None:
+    x, w = inputs(50, 8), weights(4, 8)
+    x[3, 2] = float("inf")
+    for composition in (Composition("wanda"), Composition("magnitude", "obs"), Composition(None, "admm-iterative")):
+        with pytest.raises(RunError, match=r"not finite|overflowed"):
+            composition.prune(w, gathered(x, needs=composition.needs), Unstructured(exact("0.5")), "layers.0.q")
+
+
+def test_the_error_from_norms_is_an_estimate() -> None:
+    x, w = inputs(50, 8), weights(4, 8)
+    result = Composition("wanda").prune(w, gathered(x, needs=Needs.NORMS), Unstructured(exact("0.5")), "q")
+    norm = x.square().sum(dim=0)
+    expected = float(((w - result.weight).square() @ norm).sum() / (w.square() @ norm).sum())
+    assert not result.exact_error and result.relative_error == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(result.weight, torch.where(result.mask, w, 0))
