@@ -43,6 +43,13 @@ void expand_rows(const matrix *m, int64_t first, int64_t last, void *out, int le
    read beyond `capacity` values. */
 int64_t first_bad_row(const matrix *m, int64_t capacity, int threads, gomp_parallel pool);
 
+/* Writes mask [rows, (width + 63) / 64] and counts [rows]: which weights of dense [rows, width] are not all zero bits. */
+void mark_survivors(int kind, int64_t rows, int64_t width, const void *dense, uint64_t *mask, uint32_t *counts,
+                    int threads, gomp_parallel pool);
+
+/* Writes the survivors of dense [rows, width] that m's mask marks to where m's offsets say. */
+void gather_survivors(const matrix *m, const void *dense, void *values, int threads, gomp_parallel pool);
+
 /* out [columns, rows] for any number of columns, x and out bfloat16: tiles are expanded into cache and multiplied
    there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 when memory is short. */
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);

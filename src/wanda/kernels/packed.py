@@ -77,19 +77,29 @@ class PackedMatrix:
     def pack(cls, dense: Tensor) -> PackedMatrix:
         """Pack a dense [out, width] matrix of bfloat16, float16 or float32, bit for bit."""
         out, width = dense.shape
-        bits = dense.detach().cpu().contiguous().view(_BITS[dense.element_size()])
-        alive = bits != 0
-        survivors = alive.sum(dim=1)
-        lengths = part_lengths(out, width, int(survivors.sum()), dense.dtype)
-        mask = np.zeros(lengths["mask"] * 8, dtype=np.uint8)
-        rows = np.packbits(alive.numpy(), axis=1, bitorder="little")
-        mask[: out * words(width) * 8].reshape(out, words(width) * 8)[:, : rows.shape[1]] = rows
-        offsets = np.zeros(lengths["offsets"], dtype="<u4")
-        offsets[1 : out + 1] = np.cumsum(survivors.numpy())
-        values = torch.zeros(lengths["values"], dtype=dense.dtype)
-        taken = bits[alive]
-        values.view(bits.dtype)[: taken.numel()] = taken
-        return cls(out, width, torch.from_numpy(mask.view("<u8")), torch.from_numpy(offsets), values)
+        dense = dense.detach().cpu().contiguous()
+        module, threads = native(), torch.get_num_threads()
+        mask = np.zeros(_padded(out * words(width), 8), dtype="<u8")
+        offsets = np.zeros(_padded(out + 1, 4), dtype="<u4")
+        counts = np.empty(out, dtype="<u4")
+        if module is not None:
+            parts = (dense.data_ptr(), mask.ctypes.data, counts.ctypes.data)
+            module.packed_mark(KINDS[dense.dtype], out, width, *parts, threads, pool())
+        else:
+            alive = (dense.view(_BITS[dense.element_size()]) != 0).numpy()
+            alive.sum(axis=1, out=counts)
+            rows = np.packbits(alive, axis=1, bitorder="little")
+            mask.view(np.uint8)[: out * words(width) * 8].reshape(out, words(width) * 8)[:, : rows.shape[1]] = rows
+        np.cumsum(counts, out=offsets[1 : out + 1])
+        survivors = int(counts.sum(dtype=np.int64))
+        values = torch.zeros(part_lengths(out, width, survivors, dense.dtype)["values"], dtype=dense.dtype)
+        packed = cls(out, width, torch.from_numpy(mask), torch.from_numpy(offsets), values)
+        if module is not None:
+            module.packed_gather(*packed._description, dense.data_ptr(), threads, pool())
+        else:
+            bits = dense.view(_BITS[dense.element_size()])
+            values.view(bits.dtype)[:survivors] = bits[torch.from_numpy(alive)]
+        return packed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +119,7 @@ class PackedMatrix:
         parts = (self.mask.data_ptr(), self.offsets.data_ptr(), self.values.data_ptr())
         return (KINDS[self.dtype], self.out, self.width, *parts)
 
-    def fault(self) -> str | None:
+    def fault(self, threads: int = 1) -> str | None:
         """What is wrong with the structure, in words; None when no kernel can read out of bounds."""
         lengths = part_lengths(self.out, self.width, 0, self.dtype)
         for name in ("mask", "offsets", "values"):
@@ -118,7 +128,7 @@ class PackedMatrix:
                 return f"its {name} are too short for {self.out} x {self.width} weights"
         module = native()
         if module is not None:
-            bad = module.packed_check(*self._description, self.values.numel(), torch.get_num_threads(), pool())
+            bad = module.packed_check(*self._description, self.values.numel(), threads, pool())
         else:
             bad = self._first_bad_row()
         return None if bad < 0 else f"mask, offsets and number of values do not agree in row {bad}"

@@ -81,9 +81,35 @@ static PyObject *check(PyObject *self, PyObject *const *arguments, Py_ssize_t gi
     return PyLong_FromLongLong(bad);
 }
 
+/* kind rows width dense mask counts | threads pool */
+static PyObject *mark(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    (void)self;
+    if (!integers(arguments, given, 8, a)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    mark_survivors((int)a[0], a[1], a[2], (const void *)(intptr_t)a[3], (uint64_t *)(intptr_t)a[4],
+                   (uint32_t *)(intptr_t)a[5], (int)a[6], POOL(a[7]));
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* kind rows width mask offsets values | dense threads pool */
+static PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    (void)self;
+    if (!integers(arguments, given, 9, a)) return NULL;
+    const matrix m = matrix_of(a);
+    Py_BEGIN_ALLOW_THREADS;
+    gather_survivors(&m, (const void *)(intptr_t)a[6], (void *)m.values, (int)a[7], POOL(a[8]));
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
 PyMethodDef packed_methods[] = {
     {"best_level", level_of_machine, METH_NOARGS, "The best dispatch level of this machine."},
     {"packed_multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "Product with a packed matrix."},
     {"packed_expand", (PyCFunction)(void (*)(void))expand, METH_FASTCALL, "Rows of a packed matrix as dense ones."},
     {"packed_check", (PyCFunction)(void (*)(void))check, METH_FASTCALL, "First row whose structure is wrong."},
+    {"packed_mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, "Mask and counts of a dense matrix."},
+    {"packed_gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, "Survivors of a dense matrix."},
     {NULL, NULL, 0, NULL}};

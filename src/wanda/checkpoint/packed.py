@@ -1,0 +1,439 @@
+"""The packed checkpoint: sparse matrices as survivors, mask and offsets; everything else as it was (docs/packed-format.md).
+
+A packed folder holds wanda_packed.json, which says what it is and lists every tensor's checksum, the safetensors files
+that it names, and the other files of the original. Reading maps the files; nothing is trusted before it is verified.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import xxhash
+from torch import Tensor
+
+from wanda.checkpoint.packed_planes import join_planes, require_zstd, split_planes
+from wanda.checkpoint.source import resolve, weight_files
+from wanda.checkpoint.tensors import DTYPES, NAMES, Entry, read_header, sync_folder, write_file
+from wanda.checkpoint.writer import output_faults, partial_folder, replace_folder
+from wanda.errors import ConfigurationError, RunError
+from wanda.kernels.packed import (
+    ALIGNMENT,
+    KINDS,
+    MOST_SURVIVORS,
+    PackedMatrix,
+    count_survivors,
+    packed_size,
+    part_lengths,
+)
+
+T = TypeVar("T")
+
+MANIFEST = "wanda_packed.json"
+FORMAT, VERSION = "wanda-packed", 1
+WORTH = 0.9  # of its dense size is the most that a packed matrix may take; above that it stays dense
+SHARD = 1 << 31  # bytes of tensors in a file, about
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_PARTS = {"mask": torch.uint64, "offsets": torch.uint32}
+_STORED = {False: ("mask", "offsets", "values"), True: ("mask", "offsets", "exponents", "rest")}
+_PIECE = 1 << 24
+
+
+@dataclass
+class Summary:
+    """What packing did, in bytes.
+
+    packed: matrices packed, their dense and packed bytes; dense: 2-D matrices with some zeros for which it did not pay.
+    folder_before, folder_after: all tensors. left_out: files of the input that were not taken over.
+    """
+
+    packed: int = 0
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    left_dense: list[str] = field(default_factory=list)
+    folder_before: int = 0
+    folder_after: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A verified packed folder: matrices (by the name they had) that stay packed, and all other tensors, dense.
+
+    Tensors lie in the mapped files, so they take memory as they are touched; writing to one changes only this process's
+    copy. Those of a compressed folder were decompressed into memory.
+    """
+
+    folder: Path
+    matrices: dict[str, PackedMatrix]
+    tensors: dict[str, Tensor]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says of itself that it is a packed checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def pack(
+    model: str,
+    out: Path,
+    compress: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Summary:
+    """Pack the checkpoint `model` (folder, hub id or .gguf file) into the folder `out`; lossless.
+
+    Every 2-D matrix of bfloat16, float16 or float32 that comes out at WORTH of its size or less is packed.
+    compress: zstd on exponents and masks, for shipping. progress: called with each tensor's name.
+    Raises ConfigurationError before anything is written, RunError when reading or writing fails on the way.
+    """
+    if compress:
+        require_zstd()
+    if is_packed(Path(model)):
+        raise ConfigurationError(f"{model} is packed already; unpack it first to pack it in another way")
+    source = resolve(model)
+    entries: dict[str, Entry] = {}
+    for file in weight_files(source):
+        entries.update(read_header(file)[0])
+    summary = Summary(folder_before=sum(entry.nbytes for entry in entries.values()))
+    with _output(out, source, overwrite) as partial:
+        writer = _ShardWriter(partial, entries)
+        for key, entry in entries.items():
+            if progress:
+                progress(key)
+            matrix = _pack_if_worth(key, entry, summary)
+            writer.add({key: entry} if matrix is None else _parts(key, matrix, compress))
+            if matrix is not None:
+                out_width = [matrix.out, matrix.width]
+                writer.matrices[key] = {
+                    "dtype": NAMES[matrix.dtype],
+                    "shape": out_width,
+                    "survivors": matrix.survivors,
+                }
+        writer.flush()
+        summary.folder_after = writer.nbytes
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "compressed": compress,
+            "files": writer.files,
+            "matrices": writer.matrices,
+            "checksums": writer.checksums,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        summary.left_out = _copy_others(source, partial)
+    return summary
+
+
+def unpack(folder: Path, out: Path, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> int:
+    """Write a packed folder as an ordinary checkpoint with bit-identical tensors; returns the bytes of all tensors.
+
+    Raises ConfigurationError when the folder is not packed or `out` is taken, RunError for a packed file that is damaged.
+    """
+    checkpoint = open_packed(folder)
+    names = [*checkpoint.matrices, *checkpoint.tensors]
+    sizes = {key: _dense_size(m) for key, m in checkpoint.matrices.items()}
+    sizes.update({key: tensor.nbytes for key, tensor in checkpoint.tensors.items()})
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key in names:
+        if filled + sizes[key] > SHARD and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += sizes[key]
+    with _output(out, folder, overwrite) as partial:
+        weight_map = {}
+        for number, keys in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {}
+            for key in keys:
+                if progress:
+                    progress(key)
+                tensors[key] = (
+                    checkpoint.matrices[key].dense() if key in checkpoint.matrices else checkpoint.tensors[key]
+                )
+                weight_map[key] = name
+            write_file(partial / name, _by_alignment(tensors), {"format": "pt"})
+        total = sum(sizes.values())
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _copy_others(folder, partial)
+    return total
+
+
+def open_packed(folder: Path) -> PackedCheckpoint:
+    """Map a packed folder and verify it: every checksum, and that no kernel can leave a matrix's bounds.
+
+    Raises ConfigurationError for a folder that is not packed, or by a later version; RunError, naming the tensor, for
+    one that is damaged.
+    """
+    manifest = _read_manifest(folder)
+    entries: dict[str, Entry] = {}
+    for name in manifest["files"]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise RunError(f"{folder / MANIFEST} names a file {name!r} outside its folder; get the folder again")
+        found, metadata = read_header(folder / name)
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or entries.keys() & found.keys():
+            raise RunError(f"{folder / name} does not belong to this packed folder; copy or download it again")
+        entries.update(found)
+    bytes_of = _map(entries)
+    _verify_checksums(folder, bytes_of, manifest["checksums"])
+    tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
+    descriptions = manifest["matrices"]
+
+    def take(key: str) -> PackedMatrix:
+        try:
+            return _matrix(key, descriptions[key], tensors, manifest["compressed"])
+        except MemoryError as error:
+            raise RunError(f"{folder}: {key} needs more memory than there is") from error
+        except _DamagedError as error:
+            raise RunError(f"{folder}: {key} is damaged: {error}; copy or download it again") from error
+
+    matrices = _in_threads(take, descriptions)
+    return PackedCheckpoint(folder, matrices, tensors)
+
+
+class _DamagedError(Exception):
+    """Why a matrix cannot be used."""
+
+
+def _pack_if_worth(key: str, entry: Entry, summary: Summary) -> PackedMatrix | None:
+    if len(entry.shape) != 2 or entry.dtype not in KINDS or entry.nbytes == 0:
+        return None
+    dense = entry.read()
+    survivors = count_survivors(dense)
+    size = packed_size(*entry.shape, survivors, entry.dtype)
+    if size > WORTH * entry.nbytes or survivors > MOST_SURVIVORS:
+        if survivors < 0.99 * dense.numel():
+            summary.left_dense.append(key)
+        return None
+    summary.packed += 1
+    summary.dense_bytes += entry.nbytes
+    matrix = PackedMatrix.pack(dense)
+    summary.packed_bytes += matrix.nbytes
+    return matrix
+
+
+def _parts(key: str, matrix: PackedMatrix, compress: bool) -> dict[str, Tensor | Entry]:
+    parts: dict[str, Tensor | Entry] = {"mask": matrix.mask, "offsets": matrix.offsets, "values": matrix.values}
+    if compress:
+        parts = {"offsets": matrix.offsets, **split_planes(matrix.mask, matrix.values)}
+    return {f"{key}.{name}": parts[name] for name in _STORED[compress]}
+
+
+class _ShardWriter:
+    """Gathers tensors and writes them into numbered files of about SHARD bytes, with their checksums."""
+
+    def __init__(self, folder: Path, taken: Iterable[str]):
+        self.folder, self.taken = folder, set(taken)
+        self.files: list[str] = []
+        self.matrices: dict[str, dict[str, Any]] = {}
+        self.checksums: dict[str, str] = {}
+        self.nbytes = 0
+        self._waiting: dict[str, Tensor | Entry] = {}
+        self._filled = 0
+
+    def add(self, tensors: Mapping[str, Tensor | Entry]) -> None:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._waiting and self._filled + size > SHARD:
+            self.flush()
+        for key, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and key in self.taken:
+                raise RunError(f"the checkpoint has a tensor {key} already, so that packing is ambiguous; rename it")
+            self.checksums[key] = _checksum(_pieces(tensor))
+        self._waiting.update(tensors)
+        self._filled += size
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        self.files.append(f"packed-{len(self.files) + 1:05d}.safetensors")
+        metadata = {"format": FORMAT, "version": str(VERSION)}
+        write_file(self.folder / self.files[-1], _by_alignment(self._waiting), metadata, align=ALIGNMENT)
+        self.nbytes += self._filled
+        self._waiting, self._filled = {}, 0
+
+
+def _by_alignment(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors in an order in which each starts at a multiple of its element, parts of matrices at one of ALIGNMENT."""
+
+    def rank(key: str) -> tuple[bool, int]:
+        whole = tensors[key].nbytes % ALIGNMENT == 0
+        return not whole, -tensors[key].dtype.itemsize
+
+    return {key: tensors[key] for key in sorted(tensors, key=rank)}
+
+
+def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview]:
+    if isinstance(tensor, Entry) and tensor.nbytes > _PIECE:
+        with open(tensor.file, "rb") as stream:
+            stream.seek(tensor.offset)
+            for start in range(0, tensor.nbytes, _PIECE):
+                yield memoryview(stream.read(min(_PIECE, tensor.nbytes - start)))
+        return
+    whole = tensor.read() if isinstance(tensor, Entry) else tensor
+    yield memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+
+
+def _checksum(pieces: Iterable[memoryview]) -> str:
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _output(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` when the body is through, and goes when it fails."""
+    faults = output_faults(out, source, overwrite, resume=False)
+    if faults:
+        raise ConfigurationError(faults)
+    partial = partial_folder(out)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            sync_folder(partial)
+            replace_folder(partial, out.absolute())
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}; free some space or choose another --out") from error
+
+
+def _copy_others(source: Path, target: Path) -> list[str]:
+    """Copy what is neither weights nor the manifest; returns the names of weight files in formats that are not read."""
+    left_out = []
+    for file in sorted(source.iterdir()):
+        if file.name == MANIFEST:
+            continue
+        if file.is_dir() or file.name.endswith(_WEIGHTS):
+            if not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                left_out.append(file.name)
+            continue
+        shutil.copyfile(file, target / file.name)
+    return left_out
+
+
+def _dense_size(matrix: PackedMatrix) -> int:
+    return matrix.out * matrix.width * matrix.dtype.itemsize
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ConfigurationError(f"{folder} is no packed checkpoint: it has no {MANIFEST}; make one with wanda pack")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read ({type(error).__name__}); copy or download it again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{file} does not describe a packed checkpoint; copy or download it again")
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ConfigurationError(
+            f"{folder} is in version {version} of the packed format, this program reads up to {VERSION}; upgrade wanda-prune"
+        )
+    types = {"version": int, "compressed": bool, "files": list, "matrices": dict, "checksums": dict}
+    for name, kind in types.items():
+        if not isinstance(manifest.get(name), kind):
+            raise RunError(f"{file}: its entry {name} is missing or no {kind.__name__}; copy or download it again")
+    return manifest
+
+
+def _map(entries: Mapping[str, Entry]) -> dict[str, memoryview]:
+    """Each tensor's bytes in a private mapping of its file."""
+    maps: dict[Path, memoryview] = {}
+    bytes_of = {}
+    for key, entry in entries.items():
+        if entry.file not in maps:
+            try:
+                with open(entry.file, "rb") as stream:
+                    mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise RunError(f"{entry.file} cannot be mapped ({error}); copy or download it again") from error
+            maps[entry.file] = memoryview(mapping)
+        bytes_of[key] = maps[entry.file][entry.offset : entry.offset + entry.nbytes]
+        if len(bytes_of[key]) != entry.nbytes:
+            raise RunError(f"{entry.file} ends inside {key}; the file is cut short: copy it again")
+    return bytes_of
+
+
+def _verify_checksums(folder: Path, bytes_of: Mapping[str, memoryview], wanted: Mapping[str, Any]) -> None:
+    """Compare all checksums, on as many threads as torch uses: XXH3 runs at the speed of memory and holds no lock."""
+    for key in bytes_of.keys() ^ wanted.keys():
+        what = "has a checksum but is in none of the files" if key in wanted else "is not listed"
+        raise RunError(f"{folder}: {key} {what}; copy or download the folder again")
+
+    def verify(key: str) -> None:
+        if xxhash.xxh3_64_hexdigest(bytes_of[key]) != wanted[key]:
+            raise RunError(f"{folder}: {key} is damaged: its checksum differs; copy or download it again")
+
+    _in_threads(verify, sorted(bytes_of, key=lambda key: -len(bytes_of[key])))
+
+
+def _in_threads(work: Callable[[str], T], keys: Iterable[str]) -> dict[str, T]:
+    """The results of work by key, in the keys' order; as many threads as torch uses take one key after another."""
+    keys = list(keys)
+    left = iter(keys)
+    results: dict[str, T] = {}
+
+    def run(_: int) -> None:
+        for key in left:  # shared: a list's iterator hands each key to one thread
+            results[key] = work(key)
+
+    count = torch.get_num_threads()
+    with ThreadPoolExecutor(count) as threads:
+        for _ in threads.map(run, range(count)):
+            pass
+    return {key: results[key] for key in keys}
+
+
+def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: bool) -> PackedMatrix:
+    """Take one matrix's parts out of `tensors`; raises _DamagedError when they do not fit together."""
+    try:
+        dtype = DTYPES[description["dtype"]]
+        out, width = description["shape"]
+        survivors = description["survivors"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _DamagedError("its description is malformed") from error
+    if dtype not in KINDS or not all(type(n) is int and n >= 0 for n in (out, width, survivors)):
+        raise _DamagedError("its description is malformed")
+    lengths = part_lengths(out, width, survivors, dtype)
+    stored = _STORED[compressed]
+    try:
+        parts = {name: tensors.pop(f"{key}.{name}") for name in stored}
+    except KeyError as error:
+        raise _DamagedError(f"its part {error} is missing") from error
+    if compressed:
+        try:
+            parts.update(join_planes(parts, lengths["mask"], lengths["values"], dtype))
+        except ValueError as error:
+            raise _DamagedError(str(error)) from error
+    for name, kind in {**_PARTS, "values": dtype}.items():
+        part = parts[name]
+        if part.dtype != kind or part.shape != (lengths[name],) or part.data_ptr() % kind.itemsize:
+            raise _DamagedError(f"its {name} are {tuple(part.shape)} of {part.dtype}, not ({lengths[name]},) of {kind}")
+    matrix = PackedMatrix(out, width, parts["mask"], parts["offsets"], parts["values"])
+    fault = matrix.fault()
+    if fault is not None or matrix.survivors != survivors:
+        raise _DamagedError(fault or f"it has {matrix.survivors} values, not {survivors}")
+    return matrix
