@@ -35,6 +35,11 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "wanda"
 
 
+def gguf_folder(sha256: str) -> Path:
+    """Where the checkpoint made from the .gguf file with this sha256 is, or will be."""
+    return cache_folder() / "gguf" / sha256
+
+
 def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False, revision: str | None = None) -> Path:
     """The local folder of an ordinary safetensors checkpoint for `model`.
 
@@ -281,7 +286,7 @@ def _from_gguf(file: Path) -> Path:
     """Dequantise a .gguf file into an ordinary bfloat16 checkpoint, once: the cache's key is the file's sha256."""
     with open(file, "rb") as stream:
         key = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / key
+    folder = gguf_folder(key)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
