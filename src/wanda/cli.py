@@ -14,8 +14,17 @@ app = App(
     help="Makes pretrained models smaller and faster without retraining.",
     version_flags=["--version"],
 )
-for _name in ("prune", "eval", "inspect", "methods", "demo"):
-    app.command(f"wanda.commands.{_name}:{_name}_command", name=_name)
+_COMMANDS = {
+    "demo": "Prune a small real model and show what that does to it.",
+    "prune": "Prune a model without retraining.",
+    "eval": "Measure models: perplexity and tasks.",
+    "tune": "Train a pruned model on; what was removed stays zero.",
+    "merge": "Merge a LoRA adapter into its pruned model, under the masks.",
+    "inspect": "Show the sparsity of every layer, N:M patterns and sizes.",
+    "methods": "List the methods, scores, updates and allocations.",
+}
+for _name, _help in _COMMANDS.items():
+    app.command(f"wanda.commands.{_name}:{_name}_command", name=_name, help=_help)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     except WandaError as error:
         print(f"wanda: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("wanda: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"wanda: stopped{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -220,7 +220,7 @@ def test_faults_are_named_before_a_model_is_loaded(local_copies, monkeypatch):
     with pytest.raises(ConfigurationError, match="fewer than none"):
         load_tasks(["boolq"], data=local_copies, fewshot=-1)
     (local_copies / "boolq/boolq_dev.jsonl").write_text('{"query": 1}\n', encoding="utf-8")
-    with pytest.raises(ConfigurationError, match=r"task boolq: .*boolq_dev.jsonl, line 1 is not in the format"):
+    with pytest.raises(ConfigurationError, match=r"task boolq: .*boolq_dev.jsonl, line 1 is not as docs"):
         load_tasks(["boolq"], data=local_copies)
     (local_copies / "boolq/boolq_dev.jsonl").unlink()
     with pytest.raises(ConfigurationError, match=r"task boolq: there is no file .*boolq/boolq_dev.jsonl"):

@@ -49,6 +49,12 @@ def _with_section(card: str, evaluation: Mapping[str, Mapping[str, Mapping[str, 
     return (before if found else card.rstrip("\n") + "\n\n") + section + after
 
 
+def without_evaluation(card: str) -> str:
+    """The card without its section of results, for weights that are no longer the measured ones."""
+    before, found, rest = card.partition(_BEGIN)
+    return before + rest.partition(_END)[2].lstrip("\n") if found else card
+
+
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 

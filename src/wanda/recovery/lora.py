@@ -7,6 +7,8 @@ the merged and masked weight is what was trained. The adapter itself is an ordin
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def add_adapter(model: Any, masks: Masks, settings: Settings) -> Any:
         fan_in_fan_out=any(matrix.transposed for matrix in masks.matrices),
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, config)
+    with _peft_only():
+        tuned = get_peft_model(model, config)
     if settings.sparse_aware:
         for name, layer in adapted_layers(tuned):
             mask = masks.parameters.get(f"{name}.weight")
@@ -117,12 +120,25 @@ def load_adapter(model: Any, folder: Path) -> Any:
         if not (folder / file).is_file():
             raise ConfigurationError(f"{folder} has no {file}, so it is not an adapter; give the folder that has it")
     try:
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, use_safetensors=True).eval()
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        with _peft_only():
+            return PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, use_safetensors=True).eval()
+    except (ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigurationError(
             f"the adapter {folder} does not fit the model ({reason}); give the one it was trained on"
         ) from error
+
+
+@contextlib.contextmanager
+def _peft_only() -> Iterator[None]:
+    """Keep a warning to peft's authors (an attribute of transformers that they still use) from its users.
+
+    What peft only warns of though it leaves an adapter half loaded is an error here.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys.*")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _targets(model: nn.Module, masks: Masks, target: str) -> list[str]:

@@ -14,6 +14,7 @@ from wanda.checkpoint.names import NameMap
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.tensors import Entry, write_file
 from wanda.errors import RunError
+from wanda.evaluation.record import without_evaluation
 from wanda.recovery.masks import as_stored
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -67,9 +68,10 @@ def add_record(folder: Path, record: Mapping[str, Any], text: str) -> None:
     """Add sections to the folder's wanda.json, and a paragraph under "Recovery" to its model card."""
     file = folder / "wanda.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known.pop("evaluation", None)  # measured on other weights
     file.write_text(json.dumps({**known, **record}, indent=1) + "\n", encoding="utf-8")
     card = folder / "README.md"
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before = without_evaluation(card.read_text(encoding="utf-8")) if card.is_file() else ""
     heading = "" if _HEADING in before else f"{_HEADING}\n\n"
     card.write_text(f"{before.rstrip()}\n\n{heading}{text}\n".lstrip(), encoding="utf-8")
 

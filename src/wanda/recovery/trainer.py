@@ -65,8 +65,7 @@ def train_model(
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **(_checkpointing() if settings.gradient_checkpointing else {}),
         bf16=bfloat16,  # the products; weights, gradients and optimizer stay in float32
         use_cpu=cpu,
         dataloader_pin_memory=not cpu,
@@ -98,8 +97,9 @@ def train_model(
     trainer.remove_callback(PrinterCallback)
     if settings.gradient_checkpointing and settings.lora:
         model.enable_input_require_grads()
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with watch:
             trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -111,6 +111,8 @@ def train_model(
         raise
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     state = {} if settings.lora else trainer.trained_state()
     history = [_plain(row) for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     losses = [row for row in history if "eval_loss" in row]
@@ -262,6 +264,13 @@ def _accumulation(settings: Settings, cpu: bool) -> int:
     if devices == 1 and not cpu:
         devices = torch.accelerator.device_count()  # one process drives them all
     return max(1, settings.batch // (settings.micro_batch * devices))
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Trainer's arguments for recomputing activations, under the name that this version of transformers has for it."""
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _accelerator_has_bfloat16() -> bool:

@@ -128,8 +128,9 @@ def card_text(record: dict[str, Any]) -> str:
     return (
         f"{how} for {record['steps']} steps of {settings['batch']} sequences of {record['seqlen']} tokens of "
         f"`{settings['calibration']}`, learning rate {record['learning_rate']:g}. "
-        f"Held-out loss {loss['before']:.4f} before, {loss['best']:.4f} after; {record['zeros']:,} of {record['pruned_matrices_weights']:,} weights of the pruned "
-        f"matrices are zero, before and after.{merge}"
+        f"Held-out loss {loss['before']:.4f} before, {loss['best']:.4f} after; "
+        f"{record['zeros']:,} of {record['pruned_matrices_weights']:,} weights of the pruned matrices are "
+        f"zero, before and after.{merge}"
     )
 
 

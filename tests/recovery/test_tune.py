@@ -1,0 +1,185 @@
+"""Tuning: the zeros hold at every checkpoint, a stopped run goes on, and a bad run costs nothing that was good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from byhand import prune_by_hand
+from models import tiny_llama
+from wanda.errors import ConfigurationError, RunError
+from wanda.recovery import trainer as training
+from wanda.recovery.tune import tune
+
+SHORT = {"steps": 12, "seqlen": 32, "batch": 4, "micro_batch": 2, "evaluations": 4, "held_out": 4, "device": "cpu"}
+FAST = {"learning_rate": 1e-2, "progress": False}
+
+
+def pruned_keys(folder: Path) -> dict[str, dict]:
+    return {f"{row['name']}.weight": row for row in json.loads((folder / "wanda.json").read_text())["layers"]}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5 per row"])
+def test_full_tuning_keeps_every_zero_and_changes_every_survivor(pruned, text, tmp_path, pattern, tiny):
+    folder, out = pruned(pattern=pattern), tmp_path / "out"
+    record = tune(folder, out=out, full=True, calibration=text, weight_decay=0.1, **SHORT, **FAST)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        assert after[key].dtype == weight.dtype
+        if key in pruned_keys(folder):
+            assert torch.equal(weight != 0, after[key] != 0)
+            assert float((weight != after[key]).float().mean()) > 0.45  # survivors: half of all
+    assert record["held_out_loss"]["best"] < record["held_out_loss"]["before"] - 1
+    assert record["zeros"] * 2 == record["pruned_matrices_weights"]
+    written = json.loads((out / "wanda.json").read_text())
+    assert written["layers"] == json.loads((folder / "wanda.json").read_text())["layers"]
+    assert written["tune"]["settings"]["calibration"] == text
+    assert (out / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert card.startswith("# pruned\n\n## Recovery\n") and "before and after" in card
+    assert not (tmp_path / "out.partial").exists()
+    # An ordinary checkpoint: it loads, and the held-out loss was its own.
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == sum(t.numel() for t in after.values())
+
+
+def test_an_interrupted_run_resumes_and_ends_the_same(pruned, text, tmp_path, monkeypatch):
+    folder = pruned()
+    options = {"full": True, "calibration": text, "gradient_checkpointing": True} | SHORT | FAST
+    tune(folder, out=tmp_path / "whole", **options)
+    real = training._Watch.on_step_end
+
+    def interrupt(self, args, state, control, **keywords):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+        real(self, args, state, control, **keywords)
+
+    monkeypatch.setattr(training._Watch, "on_step_end", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped.partial keeps the last checkpoint: go on with --resume"):
+        tune(folder, out=tmp_path / "stopped", **options)
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped").exists()
+    # What was kept is valid 2:4, in every matrix.
+    checkpoints = sorted((tmp_path / "stopped.partial/checkpoints").glob("checkpoint-*/model.safetensors"))
+    assert [file.parent.name for file in checkpoints] == ["checkpoint-3", "checkpoint-6"]
+    for file in checkpoints:
+        for key, weight in load_file(file).items():
+            if key in pruned_keys(folder):
+                assert int((weight.reshape(-1, 4) != 0).sum(1).max()) == 2
+    with pytest.raises(ConfigurationError, match=r"holds an unfinished run; go on with --resume"):
+        tune(folder, out=tmp_path / "stopped", **options)
+    with pytest.raises(ConfigurationError, match=r"begun with other settings \(steps\)"):
+        tune(folder, out=tmp_path / "stopped", resume=True, **(options | {"steps": 13}))
+    tune(folder, out=tmp_path / "stopped", resume=True, **options)
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(pruned, text, tmp_path, monkeypatch):
+    real = training.Trainer.training_step
+
+    def poisoned(self, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * torch.nan if self.state.global_step == 7 else loss
+
+    monkeypatch.setattr(training.Trainer, "training_step", poisoned)
+    with pytest.raises(
+        RunError, match=r"training loss is nan at step 8; .* last good checkpoint is kept: .*checkpoint-6"
+    ):
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **SHORT, **FAST)
+    kept = load_file(tmp_path / "out.partial/checkpoints/checkpoint-6/model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(pruned, text, tmp_path, monkeypatch):
+    class Poison(training._HoldZeros):
+        def on_optimizer_step(self, args, state, control, model=None, **_):
+            if state.global_step == 4:
+                next(model.parameters()).data[0] = torch.inf
+
+    monkeypatch.setattr(training, "_HoldZeros", Poison)
+    monkeypatch.setattr(training._MaskedTrainer, "training_step", training.Trainer.training_step)
+    with pytest.raises(RunError, match=r"embed_tokens.weight has values that are not finite .*kept: .*checkpoint-3"):
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **SHORT, **FAST)
+
+
+def test_early_stop_and_the_best_checkpoint_is_what_is_written(pruned, text, tmp_path, monkeypatch):
+    """Held-out loss falls, then rises: training stops, and the lowest one's weights are written."""
+    losses = iter([9.0, 5.0, 4.0, 6.0, 7.0, 8.0, 9.0])
+    kept = {}
+    real = training.Trainer.evaluation_loop
+
+    def scripted(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        kept[self.state.global_step] = {k: v.clone() for k, v in self.model.state_dict().items()}
+        return output
+
+    monkeypatch.setattr(training.Trainer, "evaluation_loop", scripted)
+    options = SHORT | {"evaluations": 12, "patience": 2}
+    record = tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **options, **FAST)
+    assert (record["steps"], record["held_out_loss"]["best_step"]) == (4, 2)
+    assert record["stopped"] == "held-out loss no better in 2 measurements"
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[key], kept[2][key]) for key in written)
+
+
+def test_tuning_that_does_not_help_writes_nothing(pruned, text, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0])
+    real = training.Trainer.evaluation_loop
+
+    def scripted(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    monkeypatch.setattr(training.Trainer, "evaluation_loop", scripted)
+    with pytest.raises(
+        RunError, match=r"did not help: the held-out loss was 1.0000 before and at least 2.0000 afterwards"
+    ):
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **SHORT, **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_time_limit_stops_in_order(pruned, text, tmp_path):
+    record = tune(pruned(), out=tmp_path / "out", full=True, calibration=text, minutes=1e-9, warmup=0, **SHORT, **FAST)
+    assert record["steps"] == 1 and record["stopped"].startswith("after")
+
+
+def test_bfloat16_weights_are_trained_in_float32_and_stored_as_they_were(text, tmp_path):
+    folder = prune_by_hand(
+        tiny_llama(tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True), tmp_path / "p"
+    )
+    tune(folder, out=tmp_path / "out", full=True, calibration=text, **SHORT, progress=False)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(after[key].dtype == torch.bfloat16 for key in after)
+    assert all(torch.equal(before[key] != 0, after[key] != 0) for key in pruned_keys(folder))
+
+
+def test_all_faults_at_once_before_anything_is_loaded(pruned, text, tmp_path):
+    folder = pruned()
+    with pytest.raises(ConfigurationError) as caught:
+        tune(
+            folder, out=folder, lora=True, full=True, steps=0, batch=3, micro_batch=2, dropout=1.0, calibration="nosuch"
+        )
+    faults = "\n".join(caught.value.faults)
+    for part in ("one of --lora", "--steps 0", "no multiple of --micro-batch", "--dropout", "nosuch", "is the input"):
+        assert part in faults
+    with pytest.raises(ConfigurationError, match=r"longer than the model's context of 128"):
+        tune(folder, out=tmp_path / "out", full=True, seqlen=129, calibration=text)
+    with pytest.raises(ConfigurationError, match=r"training text .* is too short"):
+        tune(folder, out=tmp_path / "out", full=True, seqlen=128, calibration=_short(tmp_path))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def _short(folder: Path) -> str:
+    file = folder / "short.txt"
+    file.write_text("the lazy dog", encoding="utf-8")
+    return str(file)
