@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
@@ -292,7 +293,9 @@ def _from_gguf(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{key}.{os.getpid()}.partial")
     try:
-        with bars_on_terminals_only():
+        # the reader's bar is of another make than transformers' own, and knows no terminal
+        bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with bar, bars_on_terminals_only():
             _dequantise(file, partial)
         check_folder(partial)
         try:
