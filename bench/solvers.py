@@ -1,6 +1,6 @@
 """Price of every solver on one matrix, in units of one float32 product of its size taken beside it in the same run.
 
-    python bench/solvers.py [--size 4096] [--rounds 5] [--tokens 8192] [--out bench/results/solvers.json]
+    python bench/solvers.py [--size 4096] [--rounds 3] [--tokens 8192] [--all] [--out bench/results/solvers.json]
 
 Products and solvers alternate; the table gives minimum, median and maximum of the solver's seconds over the mean of
 the products just before and just after it. Factors that matrices with the same input share are priced by themselves.
@@ -53,9 +53,10 @@ def correlated_inputs(tokens: int, width: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "solvers.json")
+    parser.add_argument("--all", action="store_true", help="swap (minutes) and whole compositions as well")
     parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -111,11 +112,15 @@ def main() -> None:
         "admm, 20 steps": update("admm", half),
         "admm-iterative, 20 steps": update("admm-iterative", half),
         "admm-iterative, 20 steps, 2:4": update("admm-iterative", two_of_four),
+    }
+    slow: dict[str, Callable[[], Any]] = {
         "swap, rows": update("swap", half),
         "swap, 2:4": update("swap", two_of_four),
         "fast: admm-iterative+pcg, whole": whole("admm-iterative+pcg", half),
         "best: the same, inherited errors": whole("admm-iterative+pcg", half, 0.5),
     }
+    if arguments.all:
+        rows |= slow
     rows = {name: work for name, work in rows.items() if arguments.only in name}
     inverse_factor(statistics), admm_inverse(statistics)
     other = torch.randn(size, size)

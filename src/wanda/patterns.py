@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -44,16 +45,26 @@ def lowest(scores: Tensor, counts: int | Sequence[int]) -> Tensor:
     groups, n = scores.shape
     if counts <= 0 or counts >= n or groups == 0:
         return torch.full((groups, n), counts > 0, dtype=torch.bool, device=scores.device)
-    if scores.device.type == "cpu":  # NumPy's partition is vectorised, torch's is not
-        threshold = torch.from_numpy(np.partition(scores.detach().numpy(), counts - 1, axis=1)[:, counts - 1, None])
-    else:
-        threshold = torch.kthvalue(scores, counts, dim=1, keepdim=True).values
+    threshold = ranked(scores, counts)
     marked = scores <= threshold
     if int(torch.count_nonzero(marked)) > groups * counts:  # ties at the threshold: the later ones stay
         below = scores < threshold
         ties = marked & ~below
         marked = below | (ties & (ties.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
     return marked
+
+
+def ranked(scores: Tensor, rank: int) -> Tensor:
+    """The value of rank `rank`, from 1, of every row of scores [groups, n]: [groups, 1]."""
+    if scores.device.type != "cpu":
+        return torch.kthvalue(scores, rank, dim=1, keepdim=True).values
+    array = scores.detach().numpy()  # NumPy's partition is vectorised, torch's is not; it leaves the other threads free
+    threads = min(torch.get_num_threads(), array.shape[0]) if array.size > 2**18 else 1
+    pick = lambda part: np.partition(part, rank - 1, axis=1)[:, rank - 1, None]  # noqa: E731
+    if threads == 1:
+        return torch.from_numpy(pick(array))
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.from_numpy(np.concatenate(list(pool.map(pick, np.array_split(array, threads)))))
 
 
 def lowest_of_few(scores: Tensor, count: int) -> Tensor:

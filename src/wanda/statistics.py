@@ -120,8 +120,9 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
     Half the work of the whole product (BLAS calls it syrk, which torch does not offer).
     """
     width = gram.shape[0]
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
+    panel = PANEL if gram.device.type == "cpu" else width  # accelerators want one large product
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
         gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from torch import Tensor
+
 from wanda.allocation import ALLOCATIONS, BlockMeasure, level
-from wanda.statistics import Needs
+from wanda.statistics import Needs, Statistics
 
 OUTLIER = 5.0  # M: times the mean of a block's scores
 SPREAD = 0.08  # lambda: keep ratios reach from mean - lambda to mean + lambda
@@ -19,13 +21,17 @@ class OWL:
     measures = True
 
     def measure(self, matrices) -> float:
-        scores = [weight.float().abs() * statistics.input_norm() for weight, statistics in matrices]
-        count = sum(score.numel() for score in scores)
-        mean = sum(float(score.sum()) for score in scores) / count
-        return 100 * sum(int((score > OUTLIER * mean).sum()) for score in scores) / count
+        count = sum(weight.numel() for weight, _ in matrices)
+        mean = sum(float(wanda(*matrix).sum()) for matrix in matrices) / count
+        return 100 * sum(int((wanda(*matrix) > OUTLIER * mean).sum()) for matrix in matrices) / count
 
     def allocate(self, blocks: list[BlockMeasure], sparsity: Fraction) -> list[Fraction]:
         values = [block.value for block in blocks]
         low, reach = min(values), max(values) - min(values)
         keep = [(value - low) / reach * 2 * SPREAD if reach > 0 else 0.0 for value in values]
         return level([-k for k in keep], [block.weights for block in blocks], sparsity)
+
+
+def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
+    """|W| * ||X_j||: [out, in] float32."""
+    return weight.float().abs() * statistics.input_norm()
