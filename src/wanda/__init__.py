@@ -10,6 +10,10 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Recipe": "wanda.recipe",
+    "load": "wanda.runtime.loading",
+    "prune": "wanda.pipeline",
+    "prune_model": "wanda.pipeline",
     "WandaError": "wanda.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

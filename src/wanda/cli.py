@@ -20,6 +20,10 @@ _COMMANDS = {
     "eval": "Measure models: perplexity and tasks.",
     "tune": "Train a pruned model on; what was removed stays zero.",
     "merge": "Merge a LoRA adapter into its pruned model, under the masks.",
+    "pack": "Make a sparse checkpoint as small as it is sparse, without loss.",
+    "unpack": "Write a packed checkpoint as an ordinary one again.",
+    "run": "Generate text with a packed checkpoint.",
+    "bench": "Time a packed model against a dense one.",
     "inspect": "Show the sparsity of every layer, N:M patterns and sizes.",
     "methods": "List the methods, scores, updates and allocations.",
 }

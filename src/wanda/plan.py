@@ -19,7 +19,7 @@ from wanda.checkpoint.writer import output_faults, partial_folder
 from wanda.composition import Composition
 from wanda.device import compute_dtype, pick_device
 from wanda.errors import ConfigurationError
-from wanda.patterns import NM, Pattern, Unstructured, Variant, exact
+from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.statistics import Needs
 from wanda.weights import Matrix, find_matrices
@@ -138,7 +138,7 @@ def pattern_of(recipe: Recipe, sparsity: Fraction) -> Pattern:
     if recipe.variant:
         return Variant(sparsity)
     assert recipe.group is not None
-    return Unstructured(sparsity, int(recipe.group[6:]) if recipe.group.startswith("block:") else recipe.group)
+    return Unstructured(sparsity, group_named(recipe.group))
 
 
 def make_plan(model: str | Path, out: Path, recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
@@ -288,8 +288,8 @@ def _fit(plan: Plan) -> None:
                 plan.notes.append(f"to stay below {recipe.memory}: {'; '.join(notes)}")
             return
     raise ConfigurationError(
-        f"--memory {recipe.memory} is too little for this model and calibration: the least is {plan.memory / 1e9:.2f}GB; "
-        "fewer or shorter samples need less"
+        f"--memory {recipe.memory} is too little for this model and calibration: the least is "
+        f"{plan.memory / 1e9:.2f}GB; fewer or shorter samples need less"
     )
 
 

@@ -89,7 +89,7 @@ class Recipe:
                 filled[axis] = getattr(method, axis)
         if self.score is None and any(UPDATES.get(u).owns_mask for u in filled["update"].split("+")):
             filled["score"] = None
-        if self.inherit is None and all(UPDATES.get(u).needs < 2 for u in filled["update"].split("+")):
+        if self.inherit is None and not any(UPDATES.get(u).solves for u in filled["update"].split("+")):
             filled["inherit"] = 0.0  # the method's, which another update was put in place of
         if filled["propagate"] is None:
             filled["propagate"] = "layer"

@@ -27,8 +27,8 @@ def model_card(report: Report) -> str:
         "---",
         f"# {report.model.rstrip('/').rpartition('/')[2]}, {report.sparsity:.1%} sparse",
         "",
-        f"{report.removed:,} of the {report.weights:,} weights of its decoder layers were removed without retraining "
-        f"from `{report.model}`. It loads with `AutoModelForCausalLM.from_pretrained` like any other checkpoint.",
+        f"{report.removed:,} of the {report.weights:,} weights of its decoder layers were removed without retraining from",
+        f"`{report.model}`. It loads with `AutoModelForCausalLM.from_pretrained` like any other checkpoint.",
         "",
         f"- Method: `{recipe['method']}`: {METHODS.summary(recipe['method'])}",
         f"- Axes: score `{recipe['score']}`, {_competes(recipe)}, update `{recipe['update']}`, "

@@ -1,0 +1,69 @@
+"""`wanda prune`: a checkpoint goes in, a sparse checkpoint comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from wanda.recipe import Recipe
+
+_NOTHING = Recipe()
+
+
+def prune_command(
+    model: str,
+    *,
+    out: Path,
+    options: Recipe = _NOTHING,
+    recipe: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Prune a model without retraining.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face folder, a hub id, or a .gguf file (dequantised first).
+    out
+        Folder to write; it is whole or absent.
+    recipe
+        Repeat the run of an earlier wanda.json; flags given beside it override its fields.
+    dry_run
+        Print the plan (layers, time, memory, disk) and stop; loads no weights.
+    overwrite
+        Replace a non-empty --out.
+    resume
+        Go on with a run that was killed, ending in the same bytes.
+    json
+        End with one JSON object on standard output.
+    """
+    import json as json_module
+    import sys
+
+    from wanda.pipeline import prune
+    from wanda.plan import Plan
+    from wanda.report.card import command_line
+    from wanda.report.tables import print_plan, print_report
+
+    if recipe is not None:
+        options = options.over(Recipe.from_file(recipe))
+    result = prune(
+        model,
+        out=out,
+        recipe=options,
+        overwrite=overwrite,
+        resume=resume,
+        dry_run=dry_run,
+        command=command_line(sys.argv[1:]),
+    )
+    if json:
+        print(json_module.dumps(result.as_dict()))
+    elif isinstance(result, Plan):
+        print_plan(result)
+    else:
+        print_report(result)
