@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from byhand import prune_by_hand
 from models import tiny_llama
+from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.recovery import trainer as training
 from wanda.recovery.tune import tune
@@ -177,6 +178,12 @@ def test_all_faults_at_once_before_anything_is_loaded(pruned, text, tmp_path):
     with pytest.raises(ConfigurationError, match=r"training text .* is too short"):
         tune(folder, out=tmp_path / "out", full=True, seqlen=128, calibration=_short(tmp_path))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_packed_model_is_refused_with_the_cure(pruned, tmp_path):
+    pack(pruned(), tmp_path / "packed")
+    with pytest.raises(ConfigurationError, match=r"packed weights cannot be trained; unpack it: wanda unpack .*packed"):
+        tune(tmp_path / "packed", out=tmp_path / "out", full=True, calibration="builtin")
 
 
 def _short(folder: Path) -> str:

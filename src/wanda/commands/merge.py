@@ -49,7 +49,7 @@ def merge_command(
     print(f"{out}: {record['merged_matrices']} matrices merged; {share:.2%} of the pruned matrices' weights are zero")
     if record["masked"] and not record["sparse_aware"]:
         print(
-            "the adapter was not trained through the masks, which cost it part of what it learned; see tune --sparse-aware"
+            "the adapter was not trained through the masks, which costs part of what it learned; see tune --sparse-aware"
         )
     for note in record["notes"]:
         print(f"note: {note}")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, load_model
 from wanda.checkpoint.writer import partial_folder, replace_folder
@@ -14,7 +15,6 @@ from wanda.errors import ConfigurationError
 from wanda.recovery.lora import load_adapter, merged_weights, require_peft
 from wanda.recovery.masks import read_masks
 from wanda.recovery.output import write_checkpoint
-from wanda.recovery.tune import is_packed
 
 
 def merge(

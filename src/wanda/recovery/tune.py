@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, load_config, load_model, load_tokenizer
 from wanda.checkpoint.tensors import sync_folder
@@ -165,11 +166,6 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
         raise MissingExtraError("tuning", "accelerate", "tune") from error
     if settings.lora:
         require_peft()
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder is a packed checkpoint: it has packed files and no ordinary weights."""
-    return any(folder.glob("*packed*")) and not any(folder.glob("model*.safetensors"))
 
 
 def _open_partial(out: Path, identity: dict[str, Any], resume: bool) -> Path:
