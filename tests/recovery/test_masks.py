@@ -132,3 +132,30 @@ def test_storing_keeps_the_zeros_to_the_weight(values, dtype, seed):
     assert torch.equal(stored[mask & ~rounded_away], plain[mask & ~rounded_away])
     assert bool((stored[rounded_away].abs() == torch.finfo(dtype).smallest_normal).all())
     assert torch.equal(as_stored(weight, None, dtype), plain)
+
+
+def test_zeros_hold_on_sharded_parameters(tmp_path):
+    """FSDP2 replaces parameters by DTensors: the masks are sharded with them."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 6)
+        mask = torch.rand(6, 8) > 0.5
+        with torch.no_grad():
+            layer.weight.mul_(mask)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+        hold_zeros(layer.named_parameters(), {"weight": mask}, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.randn(4, 8)).square().sum().backward()
+            gradient = layer.weight.grad.full_tensor()
+            assert bool((gradient[~mask] == 0).all()) and bool((gradient[mask] != 0).all())
+            optimizer.step()
+            assert torch.equal(layer.weight.full_tensor() != 0, mask)
+    finally:
+        dist.destroy_process_group()

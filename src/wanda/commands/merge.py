@@ -48,8 +48,6 @@ def merge_command(
     share = record["zeros"] / record["pruned_matrices_weights"]
     print(f"{out}: {record['merged_matrices']} matrices merged; {share:.2%} of the pruned matrices' weights are zero")
     if record["masked"] and not record["sparse_aware"]:
-        print(
-            "the adapter was not trained through the masks, which costs part of what it learned; see tune --sparse-aware"
-        )
+        print("the adapter was not trained through the masks, which costs part of what it learned: tune --sparse-aware")
     for note in record["notes"]:
         print(f"note: {note}")

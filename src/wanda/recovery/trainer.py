@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -41,7 +41,6 @@ class Outcome:
     best: float
     best_step: int
     stopped: str
-    main_process: bool
 
 
 def train_model(
@@ -53,7 +52,7 @@ def train_model(
     Raises RunError when the loss or a weight is not finite; the last good checkpoint stays.
     """
     every = max(1, settings.steps // settings.evaluations)
-    cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    cpu = _on_cpu(settings)
     bfloat16 = cpu_has_bfloat16() if cpu else _accelerator_has_bfloat16()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -131,8 +130,12 @@ def train_model(
         best=best["eval_loss"],
         best_step=int(best["step"]),
         stopped=watch.reason(trainer.state),
-        main_process=trainer.is_world_process_zero(),
     )
+
+
+def processes(settings: Settings) -> PartialState:
+    """The processes that train together: this one alone, or those that `accelerate launch` started."""
+    return PartialState(cpu=_on_cpu(settings))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -258,9 +261,13 @@ class _Sequences(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+def _on_cpu(settings: Settings) -> bool:
+    return settings.device == "cpu" or not torch.accelerator.is_available()
+
+
 def _accumulation(settings: Settings, cpu: bool) -> int:
     """Micro-batches of each device in one step."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = processes(settings).num_processes
     if devices == 1 and not cpu:
         devices = torch.accelerator.device_count()  # one process drives them all
     return max(1, settings.batch // (settings.micro_batch * devices))

@@ -11,7 +11,7 @@ from typing import Any
 
 from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
-from wanda.checkpoint.source import check_folder, load_config, load_model, load_tokenizer
+from wanda.checkpoint.source import check_folder, context_length, load_config, load_model, load_tokenizer
 from wanda.checkpoint.tensors import sync_folder
 from wanda.checkpoint.writer import partial_folder, replace_folder
 from wanda.errors import ConfigurationError, MissingExtraError, RunError
@@ -47,10 +47,12 @@ def tune(
     settings = settings or Settings(**options)
     folder, out = Path(folder), Path(out).absolute()
     _refuse(folder, out, settings, resume, overwrite)
+    from wanda.recovery.trainer import processes, train_model  # needs accelerate, which was just asked for
+
     config = load_config(folder, settings.trust_remote_code)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    seqlen = settings.seqlen or min(1024, context)
-    if seqlen > context:
+    context = context_length(config)
+    seqlen = settings.seqlen or min(1024, context or 1024)
+    if context is not None and seqlen > context:
         raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {context} tokens")
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     train, held, notes = sequences(
@@ -65,17 +67,15 @@ def tune(
     model = load_model(folder, "float32", "cpu", settings.trust_remote_code)
     masks = read_masks(model, folder)
     identity = {"settings": settings.as_dict(), "input": source.fingerprint()}
-    partial = _open_partial(out, identity, resume)
-
-    from wanda.recovery.trainer import train_model
-
+    with processes(settings).main_process_first():
+        partial = _open_partial(out, identity, resume, processes(settings).is_main_process)
     tuned = add_adapter(model, masks, settings) if settings.lora else model.requires_grad_(True)
     start = time.perf_counter()
     try:
         outcome = train_model(tuned, masks, train, held, settings, partial / _CHECKPOINTS, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{partial} keeps the last checkpoint: go on with --resume") from None
-    if not outcome.main_process:
+    if not processes(settings).is_main_process:
         return {}
     record = {
         "kind": "lora" if settings.lora else "full",
@@ -168,10 +168,12 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
         require_peft()
 
 
-def _open_partial(out: Path, identity: dict[str, Any], resume: bool) -> Path:
-    """The folder in which `out` is built: a stopped run's with the same identity, else a new one."""
+def _open_partial(out: Path, identity: dict[str, Any], resume: bool, main: bool) -> Path:
+    """The folder in which `out` is built: a stopped run's of the same identity, else a new one (main process only)."""
     partial = partial_folder(out)
     file = partial / _IDENTITY
+    if not main:
+        return partial
     if resume and file.exists():
         then = json.loads(file.read_text(encoding="utf-8"))
         changed = [k for k, v in identity["settings"].items() if then["settings"].get(k) != v]
