@@ -137,7 +137,7 @@ def write(out: Path, rows: list[dict[str, Any]], config: dict[str, Any], argumen
     }
     out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = [
-        f"Perplexity on {facts['text']} ({config['perplexity']['seqlen']} tokens a window); trained on {facts['train']}.",
+        f"Perplexity: {facts['text']}, {config['perplexity']['seqlen']} tokens a window; trained on {facts['train']}.",
         "",
         "| pattern | model | perplexity | zeros in the pruned matrices | steps | minutes |",
         "|---|---|---:|---:|---:|---:|",

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def main() -> None:
             load_tokenizer(folder),
             config["limit"],
             config["batch"],
-            lambda score: print(name, score, flush=True),
+            partial(print, name, flush=True),
         )
         rows[name] = {
             "scores": [vars(score) for score in scores],
