@@ -1,4 +1,4 @@
-"""The packed checkpoint: sparse matrices as survivors, mask and offsets; everything else as it was (docs/packed-format.md).
+"""The packed checkpoint (docs/packed-format.md): sparse matrices as survivors, mask and offsets; the rest as it was.
 
 A packed folder holds wanda_packed.json, which says what it is and lists every tensor's checksum, the safetensors files
 that it names, and the other files of the original. Reading maps the files; nothing is trusted before it is verified.
@@ -136,7 +136,7 @@ def pack(
 def unpack(folder: Path, out: Path, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> int:
     """Write a packed folder as an ordinary checkpoint with bit-identical tensors; returns the bytes of all tensors.
 
-    Raises ConfigurationError when the folder is not packed or `out` is taken, RunError for a packed file that is damaged.
+    Raises ConfigurationError when the folder is not packed or `out` is taken, RunError for a file that is damaged.
     """
     checkpoint = open_packed(folder)
     names = [*checkpoint.matrices, *checkpoint.tensors]
@@ -282,7 +282,7 @@ def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview]:
                 yield memoryview(stream.read(min(_PIECE, tensor.nbytes - start)))
         return
     whole = tensor.read() if isinstance(tensor, Entry) else tensor
-    yield memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+    yield whole.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(pieces: Iterable[memoryview]) -> str:
@@ -344,7 +344,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ConfigurationError(
-            f"{folder} is in version {version} of the packed format, this program reads up to {VERSION}; upgrade wanda-prune"
+            f"{folder} is in version {version} of the packed format, this program reads up to {VERSION}; "
+            "upgrade wanda-prune"
         )
     types = {"version": int, "compressed": bool, "files": list, "matrices": dict, "checksums": dict}
     for name, kind in types.items():

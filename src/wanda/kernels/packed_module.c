@@ -1,6 +1,7 @@
 /* Python's view of packed.h. */
 #include <Python.h>
 
+#include "bandwidth.h"
 #include "packed.h"
 
 enum { MOST_ARGUMENTS = 20 };
@@ -105,6 +106,18 @@ static PyObject *gather(PyObject *self, PyObject *const *arguments, Py_ssize_t g
     Py_RETURN_NONE;
 }
 
+/* words count threads pool -> exclusive or */
+static PyObject *read_all(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    uint64_t sum;
+    (void)self;
+    if (!integers(arguments, given, 4, a)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    sum = read_memory((const uint64_t *)(intptr_t)a[0], a[1], (int)a[2], POOL(a[3]));
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 PyMethodDef packed_methods[] = {
     {"best_level", level_of_machine, METH_NOARGS, "The best dispatch level of this machine."},
     {"packed_multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "Product with a packed matrix."},
@@ -112,4 +125,5 @@ PyMethodDef packed_methods[] = {
     {"packed_check", (PyCFunction)(void (*)(void))check, METH_FASTCALL, "First row whose structure is wrong."},
     {"packed_mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, "Mask and counts of a dense matrix."},
     {"packed_gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, "Survivors of a dense matrix."},
+    {"read_memory", (PyCFunction)(void (*)(void))read_all, METH_FASTCALL, "Exclusive or of 64-bit words."},
     {NULL, NULL, 0, NULL}};

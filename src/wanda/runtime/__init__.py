@@ -1,0 +1,1 @@
+"""Running packed models: the layers, loading, measuring."""

@@ -1,0 +1,69 @@
+"""The layers of a model that runs from a packed checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wanda.kernels.packed import COLUMNS, PackedMatrix, dense_multiply
+
+DENSE_COLUMNS = 4  # up to here our dense kernel is faster than torch's for bfloat16 (docs/runtime.md has the figures)
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear whose weight stays packed; the matrix is no parameter, so `to` and training leave it as it is.
+
+    The state_dict holds the dense weight, so that save_pretrained writes an ordinary checkpoint.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None):
+        super().__init__()
+        self.matrix = matrix
+        self.bias = bias
+        self.in_features, self.out_features = matrix.width, matrix.out
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out, in], made anew on every access: code that looks at a layer's type or values works."""
+        return self.matrix.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]; gradients flow to x and the bias through a dense copy of the weight."""
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return functional.linear(x, self.matrix.dense(), self.bias)
+        return self.matrix.multiply(x, self.bias)
+
+    def extra_repr(self) -> str:
+        size = self.matrix.out * self.matrix.width
+        share = 1 - self.matrix.survivors / size if size else 0.0
+        return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={share:.3f}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.matrix.dense()
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear of bfloat16 on a CPU with AVX-512 BF16; few tokens take our own dense kernel, which beats torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        weight = self.weight
+        few = x.numel() <= DENSE_COLUMNS * self.in_features
+        plain = weight.is_cpu and x.is_cpu and weight.dtype == x.dtype == torch.bfloat16 and weight.is_contiguous()
+        if few and plain and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return dense_multiply(weight, x, self.bias)
+        return super().forward(x)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> FastLinear:
+        """The same layer with the same parameters (not copies, so that tied weights stay tied)."""
+        fast = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        fast.weight, fast.bias = linear.weight, linear.bias
+        return fast.train(linear.training)
+
+
+assert DENSE_COLUMNS <= COLUMNS

@@ -1,0 +1,160 @@
+"""Loading a packed checkpoint as an ordinary transformers model whose sparse layers stay packed in memory.
+
+transformers itself does the loading, with all its renaming, tying and buffers. Each packed weight is handed to it as a
+placeholder: one element expanded to the weight's shape, which takes no memory. Where that very element turns up in the
+finished model is where the packed matrix belongs; no architecture is known here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
+from wanda.checkpoint.source import load_config, load_model, resolve
+from wanda.errors import ConfigurationError, RunError, near
+from wanda.kernels.native import native
+from wanda.kernels.packed import PackedMatrix, tiled
+from wanda.runtime.layers import FastLinear, PackedLinear
+
+BACKENDS = ("cpu", "semi_structured")
+
+
+def load(path: str | os.PathLike[str], backend: Literal["cpu", "semi_structured"] = "cpu") -> Any:
+    """A transformers model, in eval mode, of a packed checkpoint: generate, pipelines and evaluation work as ever.
+
+    backend "cpu": sparse linear layers stay packed, mapped from the file, and run on our kernels.
+    backend "semi_structured": the 2:4 layers of a packed or ordinary checkpoint run on a GPU's sparse tensor cores.
+    Raises ConfigurationError when the folder is not packed or the backend cannot work here, RunError for damage.
+    """
+    if backend not in BACKENDS:
+        raise ConfigurationError(f"unknown backend {backend!r}: {near(backend, BACKENDS)}")
+    folder = Path(path)
+    if backend == "semi_structured":
+        from wanda.runtime.semi_structured import convert, require_cuda
+
+        require_cuda()
+        model = _all_dense(folder) if is_packed(folder) else load_model(resolve(path), device="cpu")
+        return convert(model)
+    checkpoint = open_packed(folder)
+    model = _from_checkpoint(checkpoint, set() if native() is not None else set(checkpoint.matrices))
+    if native() is not None and tiled(torch.bfloat16):
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
+                model.set_submodule(name, FastLinear.of(module))
+    return model
+
+
+def _all_dense(folder: Path) -> Any:
+    checkpoint = open_packed(folder)
+    return _from_checkpoint(checkpoint, set(checkpoint.matrices))
+
+
+def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str]) -> Any:
+    """The model, in which the matrices named in `dense` are ordinary parameters."""
+    store, state = _placeholders(checkpoint, dense)
+    model = _build(checkpoint, state)
+    seen = _put_in_place(model, checkpoint, store)
+    fused = store.keys() - seen
+    if fused:
+        # transformers made something else of them: experts that lie fused in memory, say.
+        _say(f"{len(fused)} packed matrices are fused in memory ({min(fused)}, ...), so they run dense")
+        return _from_checkpoint(checkpoint, dense | fused)
+    return model.eval()
+
+
+def _placeholders(checkpoint: PackedCheckpoint, dense: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One element for every matrix that stays packed, and the state for transformers to load."""
+    store: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = dict(checkpoint.tensors)
+    for key, matrix in checkpoint.matrices.items():
+        if key in dense:
+            state[key] = matrix.dense()
+        else:
+            store[key] = torch.zeros(1, dtype=matrix.dtype)
+            state[key] = store[key].expand(matrix.out, matrix.width)
+    return store, state
+
+
+def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor]) -> Any:
+    import transformers
+
+    config = load_config(checkpoint.folder)
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+    if kind is None:
+        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ConfigurationError(f"{checkpoint.folder}: its config.json names no architecture that transformers knows")
+    types = {matrix.dtype for matrix in checkpoint.matrices.values()}
+    dtype: Any = types.pop() if len(types) == 1 else "auto"
+    try:
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RunError(f"{checkpoint.folder}: tensors and config.json do not fit together: {reason}") from error
+    if found["missing_keys"] or found["mismatched_keys"]:
+        lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        raise RunError(
+            f"{checkpoint.folder} lacks {lacking[0]} in the shape that config.json asks for; pack the original again"
+        )
+    model.config._name_or_path = model.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.folder)
+    return model
+
+
+def _put_in_place(model: nn.Module, checkpoint: PackedCheckpoint, store: dict[str, Tensor]) -> set[str]:
+    """Replace the layers whose weights are placeholders; returns the matrices that were found."""
+    key_of = {element.data_ptr(): key for key, element in store.items()}
+    seen: set[str] = set()
+    for module_name, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            key = key_of.get(parameter.data_ptr())
+            if key is None or any(parameter.stride()):
+                continue
+            seen.add(key)
+            matrix = checkpoint.matrices[key]
+            packed = _layer(module, name, matrix)
+            if packed is not None:
+                model.set_submodule(module_name, packed)
+            else:
+                _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
+                setattr(module, name, nn.Parameter(matrix.dense(), requires_grad=parameter.requires_grad))
+    return seen
+
+
+def _layer(module: nn.Module, name: str, matrix: PackedMatrix) -> PackedLinear | None:
+    """The packed layer that computes what `module` does, None when it is not known to be a linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    if name != "weight":
+        return None
+    if type(module) is nn.Linear:
+        return PackedLinear(matrix, module.bias)
+    if type(module) is Conv1D:  # x @ weight: the stored matrix is the transpose
+        return PackedLinear(PackedMatrix.pack(matrix.dense().T), module.bias)
+    return None
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The tensors that hold modules' weights: parts of packed matrices, parameters and buffers, each storage once."""
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        tensors = [*module.parameters(), *module.buffers()]
+        for part in module.modules():
+            if isinstance(part, PackedLinear):
+                tensors += [part.matrix.mask, part.matrix.offsets, part.matrix.values]
+        found.update({tensor.data_ptr(): tensor.detach() for tensor in tensors})
+    return list(found.values())
+
+
+def _say(text: str) -> None:
+    print(f"wanda: {text}", file=sys.stderr)

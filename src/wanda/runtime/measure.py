@@ -1,0 +1,161 @@
+"""Measuring how fast and how large models are: alternating runs, medians with spread, resident memory."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanda.errors import RunError
+from wanda.kernels.native import native, pool
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest of several measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 2) -> str:
+        """`median (low-high)`."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+
+
+def alternate(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run every action once unmeasured, then all in turn `rounds` times; an action returns the seconds it counts."""
+    for action in actions.values():
+        action()
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            taken[name].append(action())
+    return taken
+
+
+def ratios(slow: list[float], fast: list[float]) -> Spread:
+    """How many times faster `fast` was, round by round."""
+    return Spread.of([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+@torch.no_grad()
+def decode_seconds(model: Any, prompt: int, tokens: int) -> float:
+    """Seconds a token: `tokens` single steps with a key-value cache after a prompt of `prompt` random tokens."""
+    ids = _ids(model, prompt)
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # by version
+    step = model(input_ids=ids, use_cache=True)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        ids = step.logits[:, -1:].argmax(dim=-1)
+        step = model(input_ids=ids, use_cache=True, **{named: step[named]})
+    return (time.perf_counter() - start) / tokens
+
+
+@torch.no_grad()
+def prefill_seconds(model: Any, tokens: int) -> float:
+    """Seconds for the decoder over a prompt of `tokens` random tokens, with the logits of the last one only."""
+    ids = _ids(model, tokens)
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def _ids(model: Any, tokens: int) -> torch.Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def read_bandwidth(nbytes: int = 1 << 30, rounds: int = 5) -> float:
+    """Bytes a second that all threads together read from memory beyond all caches; the best of some rounds.
+
+    Raises RunError without the compiled extension.
+    """
+    module = native()
+    if module is None:
+        raise RunError("the bandwidth is measured by the C extension, which is not compiled here")
+    buffer = torch.ones(nbytes // 8, dtype=torch.int64)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        module.read_memory(buffer.data_ptr(), buffer.numel(), torch.get_num_threads(), pool())
+        seconds.append(time.perf_counter() - start)
+    return nbytes / min(seconds)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of a folder's safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+_FRESH = """
+import sys, time
+import torch, transformers
+from wanda.checkpoint.source import load_model
+from wanda.runtime.loading import load
+from wanda.runtime.measure import touch
+torch.set_num_threads(int(sys.argv[3]))
+def resident(kind):
+    for line in open("/proc/self/status"):
+        if line.startswith(kind):
+            return int(line.split()[1]) * 1024
+transformers.utils.logging.disable_progress_bar()
+config = transformers.AutoConfig.from_pretrained(sys.argv[2])  # imports are not loading: they come before
+transformers.AutoModelForCausalLM, transformers.GenerationConfig, getattr(transformers, config.architectures[0])
+before = resident("VmRSS:")
+start = time.perf_counter()
+if sys.argv[1] == "packed":
+    model = load(sys.argv[2])
+else:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto").eval()
+opened = time.perf_counter() - start
+touch(model)
+ready = time.perf_counter() - start
+with torch.no_grad():
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+print(opened, ready, resident("VmRSS:") - before)
+"""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Loading in a process of its own: seconds until load returned, until every byte of the weights was read, and the
+    resident bytes that loading and one forward pass added."""
+
+    opened: float
+    ready: float
+    resident: int
+
+
+def fresh(folder: Path, packed: bool) -> Fresh:
+    """Load a model in a new process; raises RunError when that fails. Linux only."""
+    command = [sys.executable, "-c", _FRESH, "packed" if packed else "dense", str(folder), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(f"{folder} could not be loaded in a process of its own: {done.stderr.strip()[-500:]}")
+    opened, ready, resident = done.stdout.split()[-3:]
+    return Fresh(float(opened), float(ready), int(resident))
+
+
+def touch(model: torch.nn.Module) -> None:
+    """Read every byte of the weights once, as fast as memory gives them."""
+    from wanda.runtime.loading import weights_of
+
+    module = native()
+    for tensor in weights_of([model]):
+        if module is not None and tensor.data_ptr() % 8 == 0:
+            module.read_memory(tensor.data_ptr(), tensor.nbytes // 8, torch.get_num_threads(), pool())
+        else:
+            tensor.view(-1).view(torch.uint8).max()
