@@ -76,10 +76,10 @@ class Call:
 class _StandIn(nn.Module):
     """In place of a block: notes the arguments, hands the hidden states on; other attributes are the block's."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[Call, Tensor]], as_tuple: bool, gain: float):
+    def __init__(self, block: nn.Module, calls: list[tuple[Call, Tensor]], width: int, gain: float):
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule
-        self._calls, self._as_tuple, self._gain = calls, as_tuple, gain
+        self._calls, self._width, self._gain = calls, width, gain
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,7 +97,7 @@ class _StandIn(nn.Module):
             args = args[:position] + args[position + 1 :]
         self._calls.append((Call(args, kwargs, position), hidden))
         hidden = hidden * self._gain if self._gain != 1 else hidden
-        return (hidden,) if self._as_tuple else hidden
+        return (hidden, *[None] * (self._width - 1)) if self._width else hidden
 
 
 @dataclass
@@ -114,12 +114,12 @@ def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recor
     Raises RunError, by name, for models that hand more than hidden states from block to block.
     """
     decoder = _decoder(model, blocks)
-    as_tuple = _returns_tuple(model, decoder, blocks, batches[0][:1, :8])
-    _refuse_side_channels(model, decoder, blocks, batches[0][:1, :8], as_tuple)
+    width = _tuple_width(model, decoder, blocks, batches[0][:1, :8])
+    _refuse_side_channels(model, decoder, blocks, batches[0][:1, :8], width)
     recording = Recording([])
     first: list[Call] = []
     for batch in batches:
-        noted = _noted(decoder, blocks, batch, as_tuple)
+        noted = _noted(decoder, blocks, batch, width)
         calls = [call for call, _ in noted]
         if first:  # micro-batches mostly get equal masks and positions: keep one copy
             calls = [_interned(call, like) for call, like in zip(calls, first, strict=True)]
@@ -139,13 +139,11 @@ def _decoder(model: nn.Module, blocks: Blocks) -> nn.Module:
     raise RunError(f"{type(model).__name__}: its blocks are not part of its decoder; it cannot be walked")
 
 
-def _noted(
-    decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool, gain: float = 1.0
-) -> list[tuple[Call, Tensor]]:
+def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int, gain: float = 1.0) -> list[tuple[Call, Tensor]]:
     calls: list[tuple[Call, Tensor]] = []
     originals = list(blocks.modules)
     for index, block in enumerate(originals):
-        blocks.modules[index] = _StandIn(block, calls, as_tuple, gain)
+        blocks.modules[index] = _StandIn(block, calls, width, gain)
     try:
         decoder(input_ids=ids, use_cache=False)
     finally:
@@ -158,38 +156,41 @@ def _noted(
     return calls
 
 
-def _returns_tuple(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor) -> bool:
-    """Whether the parent expects a tuple of its blocks: a tensor taken as a tuple loses its batch dimension."""
-    for as_tuple in (False, True):
+def _tuple_width(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor) -> int:
+    """Length of the tuple that the parent expects of its blocks; 0 for a bare tensor.
+
+    A tensor that is taken as a tuple loses its batch dimension, which is how the wrong guess is told.
+    """
+    for width in range(5):
         try:
-            noted = _noted(decoder, blocks, ids, as_tuple)
+            noted = _noted(decoder, blocks, ids, width)
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
             continue  # the wrong guess breaks in the parent's own code, in whatever way
         shape = noted[0][1].shape
-        several = len(noted) > 1 or as_tuple
-        if all(h.shape == shape for _, h in noted) and (several or _last_shape(decoder, blocks, ids, False) == shape):
-            return as_tuple
+        several = len(noted) > 1 or width > 0
+        if all(h.shape == shape for _, h in noted) and (several or _last_shape(decoder, blocks, ids) == shape):
+            return width
     raise RunError(f"{type(model).__name__} uses its blocks in a way that cannot be replayed; it cannot be walked")
 
 
-def _last_shape(decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool) -> torch.Size:
+def _last_shape(decoder: nn.Module, blocks: Blocks, ids: Tensor) -> torch.Size:
     shapes: list[torch.Size] = []
     handles = [
         m.register_forward_pre_hook(lambda _, args: shapes.extend(a.shape for a in args[:1] if isinstance(a, Tensor)))
         for m in decoder.children()
     ]
     try:
-        _noted(decoder, blocks, ids, as_tuple)
+        _noted(decoder, blocks, ids, 0)
     finally:
         for handle in handles:
             handle.remove()
     return shapes[-1] if shapes else torch.Size()
 
 
-def _refuse_side_channels(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor, as_tuple: bool) -> None:
+def _refuse_side_channels(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int) -> None:
     """Record twice, then with changed hidden states: any other argument that follows them is a side channel."""
-    plain = _noted(decoder, blocks, ids, as_tuple)
-    changed = _noted(decoder, blocks, ids, as_tuple, gain=1.5)
+    plain = _noted(decoder, blocks, ids, width)
+    changed = _noted(decoder, blocks, ids, width, gain=1.5)
     for index, ((one, _), (two, _)) in enumerate(zip(plain, changed, strict=True)):
         for (path, a), (_, b) in zip(_leaves(one), _leaves(two), strict=True):
             if isinstance(a, Tensor) and not torch.equal(a, b):

@@ -58,7 +58,7 @@ def find_matrices(block: nn.Module, prefix: str) -> tuple[list[Matrix], dict[str
             elif is_transposed_linear(module) and parameter_name == "weight":
                 matrices.append(Matrix(prefix + name, full, None, True, *reversed(parameter.shape)))
             elif parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-                transposed = getattr(module, "is_transposed", None)
+                transposed = _layout(module, parameter)
                 if transposed is None:
                     dense[full] = "a fused tensor whose layout its module does not tell"
                 else:
@@ -66,6 +66,32 @@ def find_matrices(block: nn.Module, prefix: str) -> tuple[list[Matrix], dict[str
             elif parameter.ndim == 2 and not isinstance(module, nn.Embedding):
                 dense[full] = "not the weight of a linear layer"
     return matrices, dense
+
+
+def _layout(module: nn.Module, parameter: Tensor) -> bool | None:
+    """Whether a fused parameter holds [in, out] for every expert, False for [out, in]; None when nothing tells.
+
+    Told by the module (`is_transposed`, or the sizes of a single linear map), or by the shapes of a gated pair: a map
+    from x to 2 y beside one from y to x. The taps check it again when the first product is made.
+    """
+    told = getattr(module, "is_transposed", None)
+    if told is not None:
+        return bool(told)
+    sizes = (getattr(module, "input_size", None), getattr(module, "output_size", None))
+    if (
+        None not in sizes
+        and sizes[0] != sizes[1]
+        and sizes in (tuple(parameter.shape[1:]), tuple(parameter.shape[:0:-1]))
+    ):
+        return sizes == tuple(parameter.shape[1:])
+    shapes = [tuple(p.shape[1:]) for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    if len(shapes) == 2:
+        for (a, b), (c, d) in (shapes, shapes[::-1]):
+            if a == d and b == 2 * c:
+                return True  # [x, 2 y] and [y, x]
+            if b == c and a == 2 * d:
+                return False  # [2 y, x] and [x, y]
+    return None
 
 
 def _experts(name: str, parameter: Tensor, transposed: bool) -> Iterator[Matrix]:
