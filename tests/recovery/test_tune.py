@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from byhand import prune_by_hand
-from models import tiny_llama
+from models import tiny_llama, tiny_tokenizer
+from wanda import prune
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.recovery import trainer as training
+from wanda.recovery.merge import merge
 from wanda.recovery.tune import tune
 
 SHORT = {"steps": 12, "seqlen": 32, "batch": 4, "micro_batch": 2, "evaluations": 4, "held_out": 4, "device": "cpu"}
@@ -190,3 +199,43 @@ def _short(folder: Path) -> str:
     file = folder / "short.txt"
     file.write_text("the lazy dog", encoding="utf-8")
     return str(file)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_fused_experts_go_back_to_their_names_on_disk_with_the_same_zeros(text, tmp_path):
+    torch.manual_seed(0)
+    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(**size, **heads, max_position_embeddings=128, bos_token_id=0, eos_token_id=1)
+    dense = saved(MixtralForCausalLM(config).to(torch.bfloat16), tmp_path / "dense")
+    prune(dense, out=tmp_path / "pruned", method="magnitude", pattern="2:4", progress=False)
+    record = tune(tmp_path / "pruned", out=tmp_path / "out", full=True, calibration=text, **SHORT, **FAST)
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "out")
+    assert before.keys() == after.keys() and any(".experts.3." in key for key in before)
+    sparse = [key for key, weight in before.items() if int((weight == 0).sum()) * 2 == weight.numel()]
+    assert sum(before[key].numel() for key in sparse) == record["pruned_matrices_weights"]
+    for key in sparse:
+        assert torch.equal(before[key] != 0, after[key] != 0) and not torch.equal(before[key], after[key])
+
+
+def test_transposed_layers_are_adapted_through_their_masks(text, tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
+    dense = saved(GPT2LMHeadModel(config), tmp_path / "dense")
+    prune(dense, out=tmp_path / "pruned", method="magnitude", sparsity=0.5, progress=False)
+    options = SHORT | FAST | {"lora": True, "sparse_aware": True, "target": "all", "gradient_checkpointing": True}
+    record = tune(tmp_path / "pruned", out=tmp_path / "adapter", calibration=text, **options)
+    assert record["held_out_loss"]["best"] < record["held_out_loss"]["before"]
+    assert merge(tmp_path / "pruned", tmp_path / "adapter", out=tmp_path / "out")["zeros"] == record["zeros"]
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "out")
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert len(changed) == 8 and all(torch.equal(before[key] != 0, after[key] != 0) for key in before)
