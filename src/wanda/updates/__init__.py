@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wanda.patterns import Pattern
     from wanda.statistics import Needs, Statistics
 
-PANEL_WEIGHTS = 2**20  # 4 MiB of float32 for each of the few tensors of a panel of rows
+PANEL_WEIGHTS = 2**22  # 16 MiB of float32 for each of the few tensors of a panel of rows: wide enough for products
 
 __path__ = pkgutil.extend_path(__path__, __name__)
 

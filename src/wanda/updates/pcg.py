@@ -78,13 +78,16 @@ def refit(
     z = residual * inverse_scale
     direction = z.clone()
     rz = torch.linalg.vecdot(residual, z)[:, None]
-    for _ in range(STEPS):
-        image = torch.addmm(direction, direction, gram, beta=damping).mul_(keep)
+    image = error  # its memory
+    for step in range(STEPS):
+        torch.addmm(direction, direction, gram, beta=damping, out=image).mul_(keep)
         curvature = torch.linalg.vecdot(direction, image)[:, None]
         if bool(((curvature <= 0) & (rz > 0)).any()):
             return False
         length = torch.where(rz > 0, rz / curvature, 0)
         solution.addcmul_(direction, length)
+        if step == STEPS - 1:
+            break
         residual.addcmul_(image, length, value=-1)
         torch.mul(residual, inverse_scale, out=z)
         rz_new = torch.linalg.vecdot(residual, z)[:, None]
