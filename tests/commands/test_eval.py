@@ -97,3 +97,19 @@ def test_all_faults_of_a_request_in_one_message(capsys: pytest.CaptureFixture[st
         assert part in err
     code, _, err = run(capsys)
     assert code == 2 and "no model is named" in err
+
+
+def test_packed_models_are_measured_packed(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, text: str
+) -> None:
+    from byhand import prune_by_hand
+    from wanda.checkpoint.packed import pack
+
+    folder = prune_by_hand(tiny, tmp_path / "pruned")
+    pack(folder, tmp_path / "packed")
+    code, out, _ = run(capsys, str(tmp_path / "packed"), "--text", text, "--seqlen", "32", "--windows", "3", "--json")
+    found = json.loads(out.splitlines()[-1])["results"][0]["perplexity"]["perplexity"]
+    expected = perplexity(folder, text, seqlen=32, windows=3, dtype="float32").perplexity
+    assert code == 0 and found == pytest.approx(expected, rel=0.01)
+    code, _, err = run(capsys, str(tmp_path / "packed"), "--dtype", "float32")
+    assert code == 2 and "packed: it runs on the CPU in its own type" in err
