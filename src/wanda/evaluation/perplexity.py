@@ -65,9 +65,9 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model, the field's way (arXiv:2306.11695 and its relatives).
 
-    model, against: modules with transformers' interface (`model(input_ids).logits`, any layers inside), or folders,
-        hub ids, .gguf files. text: a SOURCE (see `wanda.sources`; the part to measure on), or token ids [n] or
-        [windows, seqlen], int64. tokenizer: needed for a SOURCE with a module; else the model's own.
+    model, against: modules with transformers' interface (`model(input_ids).logits`, any layers inside), or folders
+        (packed ones too), hub ids, .gguf files. text: a SOURCE (see `wanda.sources`; the part to measure on), or token
+        ids [n] or [windows, seqlen], int64. tokenizer: needed for a SOURCE with a module; else the model's own.
     seqlen: tokens a window; min(2048, the model's context) when None. windows: take only the first so many.
     batch: windows a forward pass; as many as fit 256 MiB of logits when None.
     Raises ConfigurationError for what cannot be had or is too short, RunError when losses are not finite.
@@ -232,7 +232,8 @@ def _model(model: nn.Module | str | Path, dtype: str, device: str, trust_remote_
     """A module as it is, without a tokenizer; a name loaded, with its own."""
     if isinstance(model, nn.Module):
         return model, None
-    from wanda.checkpoint.source import load_model, load_tokenizer, resolve
+    from wanda.checkpoint.source import load_tokenizer, resolve
+    from wanda.evaluation.models import load
 
-    folder = resolve(model, trust_remote_code)
-    return load_model(folder, dtype, device, trust_remote_code), load_tokenizer(folder, trust_remote_code)
+    folder = resolve(model, trust_remote_code, packed=True)
+    return load(folder, dtype, device, trust_remote_code), load_tokenizer(folder, trust_remote_code)

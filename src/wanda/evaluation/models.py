@@ -1,0 +1,32 @@
+"""Loading whatever can be measured: ordinary checkpoints and packed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wanda.checkpoint.packed import is_packed
+from wanda.checkpoint.source import load_model
+from wanda.errors import ConfigurationError
+
+
+def check(folder: Path, dtype: str = "auto", device: str = "auto") -> None:
+    """Refuse, with a ConfigurationError, a packed folder in another type or place than its own."""
+    if is_packed(folder) and (dtype != "auto" or device not in ("auto", "cpu")):
+        raise ConfigurationError(
+            f"{folder} is packed: it runs on the CPU in its own type; leave --dtype and --device away, or unpack it "
+            "first: wanda unpack"
+        )
+
+
+def load(folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Any:
+    """The causal language model of a resolved folder, in eval mode; a packed one stays packed and runs on our kernels.
+
+    Raises ConfigurationError when it cannot be loaded, or not in this type or place.
+    """
+    check(folder, dtype, device)
+    if not is_packed(folder):
+        return load_model(folder, dtype, device, trust_remote_code)
+    from wanda.runtime.loading import load as load_packed
+
+    return load_packed(folder)
