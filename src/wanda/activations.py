@@ -62,6 +62,11 @@ class Activations:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
+    def close(self) -> None:
+        """Give back the file; the activations are gone."""
+        if self._file is not None:
+            self._file.close()
+
     def copy(self) -> Activations:
         """Independent activations with the same values."""
         twin = Activations.__new__(Activations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from wanda.activations import Activations
-from wanda.allocation import ALLOCATIONS, BlockMeasure
+from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
 from wanda.checkpoint.tensors import Entry
 from wanda.checkpoint.writer import Writer
 from wanda.composition import Composition
 from wanda.errors import ConfigurationError, RunError, near
-from wanda.patterns import Unstructured, Variant, exact
+from wanda.patterns import Pattern, Unstructured, Variant, exact
 from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
 from wanda.report import Report, peak_memory
@@ -178,28 +179,19 @@ class Pruner:
         assert recipe.update is not None and recipe.inherit is not None
         self.recipe = recipe
         self.composition = Composition(recipe.score, recipe.update, recipe.inherit)
+        self.patterns: dict[str, Pattern] = {}
         self.rows: list[dict[str, Any]] = []
 
     def solve(
-        self,
-        matrix: Matrix,
-        statistics: Statistics | None,
-        block: int,
-        sparsity: Fraction,
-        stored: Tensor,
-        computed: Tensor,
+        self, matrix: Matrix, statistics: Statistics | None, block: int, stored: Tensor, computed: Tensor
     ) -> None:
         """Prune one matrix.
 
         stored: its parameter as on disk; computed: its parameter in the model (the same memory, or another type).
         statistics: None when none are needed, or for an expert that saw no token.
-        sparsity: of its block; --sparsity-of goes before it.
         """
         start = time.perf_counter()
-        pattern, composition = (
-            pattern_of(self.recipe, self.recipe.sparsity_for(matrix.name, sparsity)),
-            self.composition,
-        )
+        pattern, composition = self.patterns[matrix.name], self.composition
         notes: list[str] = []
         tokens = 0 if statistics is None else statistics.tokens
         if matrix.expert is not None and composition.needs > Needs.NOTHING and tokens < self.recipe.expert_tokens:
@@ -256,16 +248,31 @@ class BlockLoop:
     @torch.no_grad()
     def run(self, progress: Progress, writer: Writer | None = None) -> None:
         """Prune all blocks; with a writer, blocks it has already are replayed and the others handed to it."""
-        calls, hidden = self._record()
-        sparsities = self._sparsities(progress, calls, hidden, writer)
-        dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
+        with contextlib.ExitStack() as stack:
+            calls, hidden = self._record()
+            if hidden is not None:
+                stack.callback(hidden.close)
+            self.pruner.patterns = self._patterns(self._sparsities(progress, calls, hidden, writer))
+            dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
+            if dense is not None:
+                stack.callback(dense.close)
+            self._blocks(progress, writer, calls, hidden, dense)
+
+    def _blocks(
+        self,
+        progress: Progress,
+        writer: Writer | None,
+        calls: list[list[Call]],
+        hidden: Activations | None,
+        dense: Activations | None,
+    ) -> None:
         for index in range(len(self.matrices)):
             if writer is not None and index < len(writer.done):
                 self._replay(index, calls[index], hidden, dense, writer.block_entries(index))
                 self.pruner.rows += writer.done[index]
             else:
                 stored = self.parts.load_block(index)
-                self._prune(index, sparsities[index], stored, calls[index], hidden, dense)
+                self._prune(index, stored, calls[index], hidden, dense)
                 if writer is not None:
                     writer.write_block(index, self._shard(index, stored), self._rows(index))
                 self.parts.drop_block(index)
@@ -291,36 +298,58 @@ class BlockLoop:
             return [Fraction(text) for text in writer.facts["sparsities"]]
         assert self.recipe.allocation is not None
         allocation = ALLOCATIONS.get(self.recipe.allocation)
-        stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
-        measures = []
-        for index, matrices in enumerate(self.matrices):
-            value = 0.0
-            if allocation.measures:
-                stored = self.parts.load_block(index)
-                gathered: Mapping[str, Statistics] = {}
-                if stream is not None:
-                    walk = self._walk(index, calls[index], stream, None, allocation.needs)
-                    walk.gather()
-                    walk.forward()
-                    gathered = walk.statistics
-                for matrix in matrices:
-                    statistics = gathered.get(matrix.name) or Statistics(matrix.width, allocation.needs)
-                    weight = matrix.view(stored[matrix.parameter]).to(self.parts.device, torch.float32)
-                    value += allocation.measure(weight, statistics) * matrix.numel
-                self.parts.drop_block(index)
+        measures = [BlockMeasure(0.0, sum(matrix.numel for matrix in matrices)) for matrices in self.matrices]
+        if allocation.measures:
+            stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
+            for index, measure in enumerate(measures):
+                value = self._measure(allocation, index, calls[index], stream) if measure.weights else 0.0
+                measures[index] = BlockMeasure(value, measure.weights)
                 progress.measured(index)
-            weights = sum(matrix.numel for matrix in matrices)
-            measures.append(BlockMeasure(value / max(1, weights), weights))
+            if stream is not None:
+                stream.close()
         asked = Fraction(0) if self.recipe.sparsity is None else exact(self.recipe.sparsity)
         sparsities = allocation.allocate(measures, asked)
         if writer is not None:
             writer.note(sparsities=[str(sparsity) for sparsity in sparsities])
         return sparsities
 
+    def _measure(self, allocation: Allocation, index: int, calls: list[Call], stream: Activations | None) -> float:
+        """The allocation's figure of a dense block; moves the stream on."""
+        stored = self.parts.load_block(index)
+        gathered: Mapping[str, Statistics] = {}
+        if stream is not None:
+            walk = self._walk(index, calls, stream, None, allocation.needs)
+            walk.gather()
+            walk.forward()
+            gathered = walk.statistics
+        pairs = [
+            (
+                matrix.view(stored[matrix.parameter]).to(self.parts.device),
+                gathered.get(matrix.name) or Statistics(matrix.width, allocation.needs, self.parts.device),
+            )
+            for matrix in self.matrices[index]
+        ]
+        value = allocation.measure(pairs)
+        self.parts.drop_block(index)
+        return value
+
+    def _patterns(self, sparsities: list[Fraction]) -> dict[str, Pattern]:
+        """The pattern of every matrix; --sparsity-of goes before the allocation, which shares out the rest exactly."""
+        asked = Fraction(0) if self.recipe.sparsity is None else exact(self.recipe.sparsity)
+        base = pattern_of(self.recipe, asked)
+        free = [[m for m in block if self.recipe.sparsity_for(m.name) is None] for block in self.matrices]
+        shared = share_out([[(m.out, m.width) for m in block] for block in free], sparsities, base)
+        patterns = {m.name: p for ms, ps in zip(free, shared, strict=True) for m, p in zip(ms, ps, strict=True)}
+        for block in self.matrices:
+            for matrix in block:
+                own = self.recipe.sparsity_for(matrix.name)
+                if own is not None:
+                    patterns[matrix.name] = pattern_of(self.recipe, own)
+        return patterns
+
     def _prune(
         self,
         index: int,
-        sparsity: Fraction,
         stored: dict[str, Tensor],
         calls: list[Call],
         hidden: Activations | None,
@@ -332,7 +361,7 @@ class BlockLoop:
         def solve(matrix: Matrix, statistics: Statistics | None) -> None:
             solved.add(matrix.name)
             name = matrix.parameter
-            self.pruner.solve(matrix, statistics, index, sparsity, stored[name], computed[name].data)
+            self.pruner.solve(matrix, statistics, index, stored[name], computed[name].data)
 
         if hidden is None:
             for matrix in self.matrices[index]:

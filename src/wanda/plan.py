@@ -74,7 +74,8 @@ class Plan:
 
     def pattern(self, matrix: Matrix) -> Pattern:
         """The pattern of a matrix before any allocation."""
-        return pattern_of(self.recipe, self.recipe.sparsity_for(matrix.name, exact(self.recipe.sparsity or 0)))
+        own = self.recipe.sparsity_for(matrix.name)
+        return pattern_of(self.recipe, exact(self.recipe.sparsity or 0) if own is None else own)
 
     def weights(self) -> int:
         """Number of prunable weights."""

@@ -145,13 +145,13 @@ class Recipe:
         included = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
         return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
-    def sparsity_for(self, name: str, otherwise: Fraction) -> Fraction:
-        """The sparsity of the matrix called `name`: --sparsity-of's last match, else `otherwise`."""
+    def sparsity_for(self, name: str) -> Fraction | None:
+        """The sparsity that --sparsity-of gives the matrix called `name` (its last match), None when it gives none."""
         for text in reversed(self.sparsity_of):
             glob, _, value = text.rpartition("=")
             if fnmatchcase(name, glob):
                 return Fraction(value)
-        return otherwise
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""

@@ -7,7 +7,6 @@ short is dropped, and so is its block. The order matters: a line in the journal 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -81,11 +80,15 @@ class Writer:
             raise ConfigurationError(
                 f"another run is writing {self.out}; wait for it or choose another --out"
             ) from None
-        if resume:
-            self._read_journal(identity)
-        if not self._blocks and not self.facts:
-            self._clear()
-            self._append({"identity": dict(identity)})
+        try:
+            if resume:
+                self._read_journal(identity)
+            if not self._blocks and not self.facts:
+                self._clear()
+                self._append({"identity": dict(identity)})
+        except BaseException:
+            self._lock.close()
+            raise
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor | Entry], rows: list[dict[str, Any]]) -> None:
         """Write block `index` (tensors by disk key) as a shard and journal its report rows."""
@@ -115,15 +118,14 @@ class Writer:
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if outside:
             write_file(self.folder / names[-1], outside, {"format": "pt"})
-        for index, name in enumerate(names[: len(self._blocks)]):
-            shard = self.folder / f"block-{index:05d}.safetensors"
-            if not (self.folder / name).exists():
-                os.link(shard, self.folder / name)  # the block's own name stays until the end, for a resumed run
         weight_map = {
             key: name for name, keys in zip(names, [*self._blocks, list(outside)], strict=False) for key in keys
         }
         index_text = {"metadata": {"total_size": self.source.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         try:
+            for index, name in enumerate(names[: len(self._blocks)]):
+                if not (self.folder / name).exists():  # the block's own name stays until the end, for a resumed run
+                    os.link(self.folder / f"block-{index:05d}.safetensors", self.folder / name)
             for file in sorted(self.source.folder.iterdir()):
                 if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OURS:
                     shutil.copyfile(file, self.folder / file.name)
@@ -146,11 +148,6 @@ class Writer:
 
     def close(self) -> None:
         """Let go of the folder, leaving it for --resume."""
-        self._lock.close()
-
-    def discard(self) -> None:
-        """Remove the folder: nothing in it is worth going on with."""
-        shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -225,6 +222,7 @@ def replace_folder(partial: Path, out: Path) -> None:
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
+    try:
         os.fsync(descriptor)
-    os.close(descriptor)
+    finally:
+        os.close(descriptor)

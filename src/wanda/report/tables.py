@@ -55,8 +55,8 @@ def print_plan(plan: Plan) -> None:
                 f"{pattern.removed(m.out, m.width) / m.numel:.4f}",
             )
             rows[key] = rows.get(key, 0) + 1
-    for (name, shape, pattern, sparsity), count in rows.items():
-        table.add_row(name, str(count), shape, pattern, sparsity)
+    for (name, shape, text, sparsity), count in rows.items():
+        table.add_row(name, str(count), shape, text, sparsity)
     console.print(table)
     recipe = plan.recipe
     console.print(f"{plan.removed():,} of {plan.weights():,} weights go; {len(plan.dense)} other parameters stay dense")
