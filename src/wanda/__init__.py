@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Recipe": "wanda.recipe",
     "load": "wanda.runtime.loading",
+    "perplexity": "wanda.evaluation.perplexity",
     "prune": "wanda.pipeline",
     "prune_model": "wanda.pipeline",
     "WandaError": "wanda.errors",
