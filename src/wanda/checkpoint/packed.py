@@ -77,6 +77,12 @@ class PackedCheckpoint:
     tensors: dict[str, Tensor]
 
 
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """XXH3-64 of the manifest without its own checksum, as compact JSON in ASCII with sorted keys."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
 def is_packed(folder: Path) -> bool:
     """Whether a folder says of itself that it is a packed checkpoint."""
     return (folder / MANIFEST).is_file()
@@ -128,6 +134,7 @@ def pack(
             "matrices": writer.matrices,
             "checksums": writer.checksums,
         }
+        manifest["checksum"] = manifest_checksum(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         summary.left_out = _copy_others(source, partial)
     return summary
@@ -351,6 +358,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for name, kind in types.items():
         if not isinstance(manifest.get(name), kind):
             raise RunError(f"{file}: its entry {name} is missing or no {kind.__name__}; copy or download it again")
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise RunError(f"{file} is damaged: its checksum differs; copy or download it again")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,7 +180,7 @@ class PackedMatrix:
             )
         if bias is not None and (bias.dtype != self.dtype or not bias.is_contiguous() or bias.numel() != self.out):
             raise RunError(f"the bias of a packed {self.dtype} layer of {self.out} outputs is {bias.dtype}")
-        columns = x.reshape(-1, self.width)
+        columns = x.reshape(math.prod(x.shape[:-1]), self.width)
         if columns.stride(1) != 1:
             columns = columns.contiguous()
         if native() is None or (columns.shape[0] > COLUMNS and not tiled(self.dtype)):
@@ -229,7 +230,7 @@ def dense_multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Ten
     weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width].
     """
     out, width = weight.shape
-    columns = x.reshape(-1, width)
+    columns = x.reshape(math.prod(x.shape[:-1]), width)
     if columns.stride(1) != 1:
         columns = columns.contiguous()
     description = (KINDS[weight.dtype], out, width, 0, 0, weight.data_ptr())

@@ -1,0 +1,108 @@
+/* Runs every kernel of this machine over exactly sized buffers, to be compiled with sanitizers; 0 when all sums agree. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "numbers.h"
+#include "packed.h"
+
+static uint64_t state = 88172645463325252u;
+
+static uint64_t next_random(void) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
+static float uniform(void) { return (float)(next_random() % 2001) / 1000.0f - 1.0f; }
+
+static void put(int kind, void *to, int64_t at, float value) {
+    if (kind == KIND_F32)
+        ((float *)to)[at] = value;
+    else
+        ((uint16_t *)to)[at] = kind == KIND_BF16 ? to_bf16(value) : to_f16(value);
+}
+
+static float get(int kind, const void *from, int64_t at) {
+    if (kind == KIND_F32) return ((const float *)from)[at];
+    const uint16_t bits = ((const uint16_t *)from)[at];
+    return kind == KIND_BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+static int compare(const product *p, const void *dense, const char *what, int level) {
+    const double step = p->m.kind == KIND_F32 ? 1e-5 : p->m.kind == KIND_F16 ? 1e-3 : 8e-3;
+    for (int64_t c = 0; c < p->columns; c++)
+        for (int64_t row = 0; row < p->m.rows; row++) {
+            double sum = p->bias ? get(p->m.kind, p->bias, row) : 0;
+            for (int64_t j = 0; j < p->m.width; j++)
+                sum += (double)get(p->m.kind, dense, row * p->m.width + j) * get(p->m.kind, p->x, c * p->x_stride + j);
+            const double found = get(p->m.kind, p->out, c * p->out_stride + row);
+            if (fabs(found - sum) > step * (1 + fabs(sum))) {
+                printf("%s: level %d kind %d %lldx%lld columns %lld: %g, not %g\n", what, level, p->m.kind,
+                       (long long)p->m.rows, (long long)p->m.width, (long long)p->columns, found, sum);
+                return 1;
+            }
+        }
+    return 0;
+}
+
+static int one(int kind, int64_t rows, int64_t width, int64_t columns, int percent) {
+    const size_t size = kind == KIND_F32 ? 4 : 2;
+    const int64_t words = (width + 63) / 64;
+    int wrong = 0;
+    char *dense = calloc((size_t)(rows * width) + 1, size), *again = malloc((size_t)(rows * width) * size + 1);
+    char *x = malloc((size_t)(columns * width) * size), *out = malloc((size_t)(columns * rows) * size);
+    char *bias = malloc((size_t)rows * size);
+    uint64_t *mask = malloc((size_t)(rows * words) * 8);
+    uint32_t *counts = malloc((size_t)rows * 4), *offsets = malloc((size_t)(rows + 1) * 4);
+    for (int64_t i = 0; i < rows * width; i++)
+        if ((int)(next_random() % 100) < percent) put(kind, dense, i, uniform());
+    for (int64_t i = 0; i < columns * width; i++) put(kind, x, i, uniform());
+    for (int64_t i = 0; i < rows; i++) put(kind, bias, i, uniform());
+    mark_survivors(kind, rows, width, dense, mask, counts, 2, 0);
+    offsets[0] = 0;
+    for (int64_t i = 0; i < rows; i++) offsets[i + 1] = offsets[i] + counts[i];
+    const int64_t capacity = offsets[rows] + SLACK;
+    char *values = calloc((size_t)capacity, size);
+    matrix m = {kind, rows, width, mask, offsets, values};
+    gather_survivors(&m, dense, values, 2, 0);
+    wrong |= first_bad_row(&m, capacity, 2, 0) >= 0;
+    wrong |= first_bad_row(&m, capacity - 1, 2, 0) < 0;
+    for (int level = 0; level <= best_level(); level++) {
+        expand_rows(&m, 0, rows, again, level, 2, 0);
+        wrong |= memcmp(dense, again, (size_t)(rows * width) * size) != 0;
+        product p = {m, x, width, columns, out, rows, columns % 2 ? bias : NULL};
+        const int tiles = level == LEVEL_AVX512_BF16 && kind == KIND_BF16;
+        if (columns <= MOST_COLUMNS) {
+            matrix_product(&p, level, 2, 0);
+            wrong |= compare(&p, dense, "rows", level);
+        }
+        if (tiles) {
+            matrix_product_tiled(&p, 2, 0);
+            wrong |= compare(&p, dense, "tiles", level);
+            p.m.mask = NULL;
+            p.m.values = dense;
+            if (columns <= MOST_COLUMNS) {
+                matrix_product(&p, level, 2, 0);
+                wrong |= compare(&p, dense, "dense rows", level);
+            }
+            matrix_product_tiled(&p, 2, 0);
+            wrong |= compare(&p, dense, "dense tiles", level);
+        }
+    }
+    free(dense), free(again), free(x), free(out), free(bias), free(mask), free(counts), free(offsets), free(values);
+    return wrong;
+}
+
+int main(void) {
+    const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49}, columns[] = {1, 5, 16, 17, 70};
+    const int percents[] = {0, 3, 50, 100};
+    int wrong = 0;
+    for (int kind = 0; kind < KINDS; kind++)
+        for (int w = 0; w < 4; w++)
+            for (int h = 0; h < 2; h++)
+                for (int c = 0; c < 5; c++)
+                    for (int s = 0; s < 4; s++) wrong |= one(kind, heights[h], widths[w], columns[c], percents[s]);
+    return wrong;
+}

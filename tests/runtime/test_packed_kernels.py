@@ -1,0 +1,200 @@
+"""Every kernel path against dense float64 products, and the structural check that keeps them in bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wanda.errors import RunError
+from wanda.kernels import native as natives
+from wanda.kernels import packed as kernels
+from wanda.kernels.packed import PackedMatrix, dense_multiply
+
+KERNELS = Path(kernels.__file__).parent
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALF_ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
+MODULE = natives.native()
+PATHS = [*natives.LEVELS[: MODULE.best_level() + 1], "torch"] if MODULE is not None else ["torch"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    force(request.param, monkeypatch)
+    return request.param
+
+
+def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "torch":
+        monkeypatch.setattr(kernels, "native", lambda: None)
+    else:
+        monkeypatch.setattr(kernels, "level", lambda: natives.LEVELS.index(path))
+
+
+def sparse(out: int, width: int, share: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(out, width, generator=generator)
+    return torch.where(torch.rand(out, width, generator=generator) < share, dense, 0).to(dtype)
+
+
+def assert_product(found: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    """Within one rounding of the exact product plus the error of summing in float32."""
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    bound = HALF_ULP[weight.dtype] * exact.abs() + 2**-20 * size + 2**-24
+    assert found.dtype == weight.dtype
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 576, 1100])
+def test_products_of_all_widths_and_columns(path: str, dtype: torch.dtype, width: int) -> None:
+    for out, share in ((1, 1.0), (50, 0.5), (13, 0.1), (7, 0.0)):
+        weight = sparse(out, width, share, dtype)
+        if out > 2:
+            weight[2] = 0  # an empty row among others
+        packed = PackedMatrix.pack(weight)
+        assert packed.fault() is None
+        bias = torch.randn(out).to(dtype)
+        for columns in (1, 2, 3, 5, 7, 12, 16, 50):
+            x = torch.randn(columns, width).to(dtype)
+            assert_product(packed.multiply(x), weight, x, None)
+            assert_product(packed.multiply(x, bias), weight, x, bias)
+            if path == "avx512_bf16" and dtype == torch.bfloat16:
+                assert_product(dense_multiply(weight, x, bias), weight, x, bias)
+
+
+def test_shapes_without_elements(path: str) -> None:
+    for out, width in ((0, 5), (5, 0), (0, 0)):
+        packed = PackedMatrix.pack(torch.zeros(out, width, dtype=torch.bfloat16))
+        assert packed.fault() is None
+        assert packed.dense().shape == (out, width)
+        for columns in (1, 20):
+            assert (
+                packed.multiply(torch.zeros(columns, width, dtype=torch.bfloat16)).tolist() == [[0.0] * out] * columns
+            )
+    assert PackedMatrix.pack(sparse(8, 64, 0.5, torch.float32)).multiply(torch.zeros(2, 0, 64)).shape == (2, 0, 8)
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 9),
+    st.integers(1, 150),
+    st.sampled_from([0, 5, 50, 95, 100]),
+    st.integers(0),
+)
+@settings(max_examples=60, deadline=None)
+def test_packing_keeps_every_bit(dtype: torch.dtype, out: int, width: int, percent: int, seed: int) -> None:
+    """Random bit patterns: NaN payloads, infinities, subnormals and -0.0 come back as they were, on every path."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    bits = torch.randint(0, 256, (out, width * dtype.itemsize), dtype=torch.uint8, generator=generator)
+    words = bits.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    words[torch.rand(out, width, generator=generator) * 100 >= percent] = 0
+    if percent:
+        words[0, 0] = -1 << (8 * dtype.itemsize - 1)  # -0.0
+    weight = words.view(dtype)
+    for path in PATHS:
+        with pytest.MonkeyPatch.context() as patch:
+            force(path, patch)
+            packed = PackedMatrix.pack(weight)
+            assert packed.fault() is None
+            assert packed.survivors == int((words != 0).sum())
+            assert torch.equal(packed.dense().view(torch.uint8), weight.contiguous().view(torch.uint8))
+            assert torch.equal(packed.dense(1, out).view(torch.uint8), weight[1:].contiguous().view(torch.uint8))
+
+
+def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PackedMatrix.pack(sparse(700, 640, 0.5, torch.bfloat16))
+    xs = [torch.randn(columns, 640).bfloat16() for columns in (1, 6, 40)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads, pool in ((1, natives.pool()), (2, natives.pool()), (7, natives.pool()), (3, 0)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(kernels, "pool", lambda pool=pool: pool)
+            results.append([packed.multiply(x) for x in xs])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        if path != "torch":  # torch's own product may split its sums by thread
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_structure_that_lies_is_found(path: str) -> None:
+    good = PackedMatrix.pack(sparse(20, 100, 0.5, torch.bfloat16))
+
+    def changed(part: str, at: int, value: int) -> PackedMatrix:
+        tensor = getattr(good, part).clone()
+        tensor.view({"mask": torch.int64, "offsets": torch.int32}[part])[at] = value
+        return dataclasses.replace(good, **{part: tensor})
+
+    first = int(good.offsets.view(torch.int32)[1])
+    word = int(good.mask.view(torch.int64)[6])
+    assert good.fault() is None
+    faults = {
+        "row 0": [changed("offsets", 0, 1), changed("offsets", 1, first + 1), changed("offsets", 1, -1)],
+        "row 3": [changed("mask", 6, word ^ 1), changed("mask", 6, word ^ 1 << 40)],
+        "row 19": [dataclasses.replace(good, values=good.values[: good.survivors + 31])],
+    }
+    for where, cases in faults.items():
+        assert all(where in (case.fault() or "") for case in cases)
+    beyond = changed("mask", 3, int(good.mask.view(torch.int64)[3]) | 1 << 36)  # column 100 of 100
+    assert "row 1" in (beyond.fault() or "")
+    for short in ({"mask": good.mask[:39]}, {"offsets": good.offsets[:20]}, {"values": good.values[:10]}):
+        assert "too short" in (dataclasses.replace(good, **short).fault() or "")
+
+
+def test_what_a_kernel_cannot_take_is_refused() -> None:
+    packed = PackedMatrix.pack(sparse(8, 64, 0.5, torch.bfloat16))
+    for x in (torch.zeros(1, 64), torch.zeros(1, 63).bfloat16(), torch.zeros(1, 64, device="meta").bfloat16()):
+        with pytest.raises(RunError, match="cannot take"):
+            packed.multiply(x)
+    with pytest.raises(RunError, match="bias"):
+        packed.multiply(torch.zeros(1, 64).bfloat16(), torch.zeros(8))
+
+
+def test_columns_that_are_not_contiguous() -> None:
+    weight = sparse(40, 128, 0.5, torch.bfloat16)
+    packed = PackedMatrix.pack(weight)
+    wide = torch.randn(3, 400, 20).bfloat16()
+    for x in (wide[:, 5:133, :4].transpose(1, 2), wide.reshape(60, 400)[::3, 7:135]):
+        assert_product(packed.multiply(x).reshape(-1, 40), weight, x.reshape(-1, 128), None)
+
+
+def run(code: str, path: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, natives.VARIABLE: path}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_chooses_the_path() -> None:
+    code = "from wanda.kernels.native import level, native; print(native() and level())"
+    if MODULE is not None:
+        assert run(code, "portable").stdout.split() == ["0"]
+    assert run(code, "torch").stdout.split() == ["None"]
+    assert "portable" in run(code, "portible").stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compile the kernels with sanitizers")
+def test_kernels_under_the_sanitizers(tmp_path: Path) -> None:
+    sources = [str(file) for file in KERNELS.glob("*.c") if not file.name.endswith("module.c")]
+    program = tmp_path / "sanitize"
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-std=c11", "-D_GNU_SOURCE"]
+    harness = str(Path(__file__).with_name("sanitize.c"))
+    command = ["gcc", *flags, f"-I{KERNELS}", harness, *sources, "-o", str(program), "-lm", "-pthread"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode and "san" in built.stderr and "cannot find" in built.stderr:
+        pytest.skip("gcc has no sanitizer libraries here")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
