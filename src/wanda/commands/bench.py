@@ -58,7 +58,7 @@ def bench_command(packed: Path, *, against: str, options: Options | None = None)
     if options.json:
         print(json.dumps(result))
     else:
-        _show(result)
+        show(result)
 
 
 def measure(packed: Path, against: str, options: Options) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def measure(packed: Path, against: str, options: Options) -> dict[str, Any]:
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
+    """The figures of `measure` as a table."""
     from rich.console import Console
     from rich.table import Table
 

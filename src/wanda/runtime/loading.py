@@ -95,7 +95,12 @@ def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor]) -> Any:
     dtype: Any = types.pop() if len(types) == 1 else "auto"
     try:
         model, found = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

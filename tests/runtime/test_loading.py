@@ -1,0 +1,227 @@
+"""A packed checkpoint as an ordinary transformers model: the same outputs, the same interfaces, less memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+
+import wanda
+from models import tiny_llama, tiny_tokenizer
+from wanda.checkpoint.packed import MANIFEST, manifest_checksum, pack
+from wanda.checkpoint.tensors import read_header
+from wanda.errors import ConfigurationError, RunError
+from wanda.runtime import loading
+from wanda.runtime.layers import FastLinear, PackedLinear
+from wanda.runtime.loading import weights_of
+from wanda.runtime.measure import decode_seconds, fresh, prefill_seconds, read_bandwidth
+from wanda.runtime.semi_structured import is_two_of_four, sparse_layers
+
+kernels_missing = pytest.mark.skipif(loading.native() is None, reason="the C kernels are not compiled here")
+
+
+def prune_blocks(model: PreTrainedModel, sparsity: float = 0.6) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and ("layers" in name or ".h." in name):
+                gone = weight.float().abs().argsort(dim=-1)[..., : int(weight.shape[-1] * sparsity)]
+                weight.scatter_(-1, gone, 0.0)
+
+
+def packed_pair(folder: Path, model: PreTrainedModel) -> tuple[Path, Path]:
+    prune_blocks(model)
+    model.save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    pack(str(folder / "dense"), folder / "packed")
+    return folder / "dense", folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    source = tiny_llama(
+        folder / "source", torch.bfloat16, hidden_size=64, intermediate_size=160, tie_word_embeddings=True
+    )
+    return packed_pair(folder, AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+
+
+def dense_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to a few roundings to bfloat16 on the way."""
+    return bool(((a.float() - b.float()).abs() <= 0.03 * b.float().abs().max()).all())
+
+
+@kernels_missing
+def test_logits_and_generated_text(pair: tuple[Path, Path]) -> None:
+    dense, packed = dense_model(pair[0]), wanda.load(pair[1])
+    assert type(packed) is type(dense) and packed.dtype == torch.bfloat16 and not packed.training
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4 * 7
+    assert packed.generation_config.to_dict() == dense.generation_config.to_dict()
+    assert packed.lm_head.weight is packed.get_input_embeddings().weight
+    for tokens in (1, 9, 60):
+        ids = torch.randint(300, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            assert close(packed(ids).logits, dense(ids).logits)
+    ids = torch.tensor([[5, 6, 7]])
+    assert packed.generate(ids, max_new_tokens=5, do_sample=False).shape[1] <= 8
+    text = pipeline("text-generation", model=packed, tokenizer=tiny_tokenizer())("the quick", max_new_tokens=4)
+    assert text[0]["generated_text"].startswith("the quick")
+
+
+@kernels_missing
+def test_packed_layers_hold_no_dense_weight(pair: tuple[Path, Path]) -> None:
+    packed = wanda.load(pair[1])
+    entries, _ = read_header(pair[1] / "packed-00001.safetensors")
+    assert sum(tensor.nbytes for tensor in weights_of([packed])) == pytest.approx(
+        sum(entry.nbytes for entry in entries.values()),
+        abs=200,  # rotary frequencies are in no file
+    )
+    assert not any(isinstance(module, PackedLinear) and list(module.parameters()) for module in packed.modules())
+
+
+@kernels_missing
+def test_saving_writes_an_ordinary_checkpoint(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    wanda.load(pair[1]).save_pretrained(tmp_path / "again")
+    before, after = dense_model(pair[0]).state_dict(), dense_model(tmp_path / "again").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@kernels_missing
+def test_gradients_flow_through_packed_layers(pair: tuple[Path, Path]) -> None:
+    dense, packed = dense_model(pair[0]), wanda.load(pair[1])
+    ids = torch.randint(300, (1, 20))
+    gradients = []
+    for model in (dense, packed):
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert close(gradients[1], gradients[0])
+
+
+def test_without_kernels_it_runs_dense(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "native", lambda: None)
+    packed, dense = wanda.load(pair[1]), dense_model(pair[0])
+    assert not any(isinstance(module, PackedLinear | FastLinear) for module in packed.modules())
+    ids = torch.randint(300, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(packed(ids).logits, dense(ids).logits)
+
+
+@kernels_missing
+def test_transposed_storage(tmp_path: Path) -> None:
+    """GPT-2 stores [in, out] and its files lack the prefix that its modules have."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
+    dense, packed = packed_pair(tmp_path, GPT2LMHeadModel(config))
+    model = wanda.load(packed)
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 4
+    ids = torch.randint(300, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense_model(dense)(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@kernels_missing
+def test_experts_that_are_fused_in_memory_run_dense_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    dense, packed = packed_pair(tmp_path, MixtralForCausalLM(config))
+    capsys.readouterr()
+    model = wanda.load(packed)
+    assert "18 packed matrices are fused in memory" in capsys.readouterr().err
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 4
+    ids = torch.randint(300, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense_model(dense)(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_that_do_not_fit_the_config(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, (name, value) in enumerate((("intermediate_size", 176), ("num_hidden_layers", 5), ("model_type", "?"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in pair[1].iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises((RunError, ConfigurationError), match=str(folder)):
+            wanda.load(folder)
+
+
+def test_a_matrix_of_another_width_is_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for file in pair[1].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    key = "model.layers.1.mlp.down_proj.weight"
+    manifest["matrices"][key]["shape"][1] += 1  # as many mask words as before: only the config knows better
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"layers\.1\.mlp\.down_proj"):
+        wanda.load(folder)
+
+
+def test_what_load_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="no packed checkpoint"):
+        wanda.load(tiny)
+    with pytest.raises(ConfigurationError, match="did you mean"):
+        wanda.load(tiny, backend="semi-structured")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="NVIDIA"):
+        wanda.load(tiny, backend="semi_structured")
+
+
+def test_the_pattern_of_sparse_tensor_cores() -> None:
+    weight = torch.randn(64, 64).half()
+    good = weight.reshape(-1, 4).clone()
+    good[:, :2] = 0
+    good = good.reshape(64, 64)
+    assert is_two_of_four(good) and not is_two_of_four(weight) and not is_two_of_four(good[:, :62])
+
+    def model(*weights: Tensor) -> nn.Module:
+        layers = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights]
+        for layer, w in zip(layers, weights, strict=True):
+            layer.weight = nn.Parameter(w)
+        return nn.Sequential(*layers)
+
+    assert sparse_layers(model(good, weight, good)) == ["0", "2"]
+    unstructured = torch.where(torch.rand(64, 64) < 0.5, weight, 0)
+    with pytest.raises(ConfigurationError, match=r"not 2:4 \(1"):
+        sparse_layers(model(good, unstructured))
+    with pytest.raises(ConfigurationError, match="no 2:4 layers"):
+        sparse_layers(model(weight))
+    for wrong in (good.float(), good[:24]):
+        with pytest.raises(ConfigurationError, match="32 x 64"):
+            sparse_layers(model(wrong))
+
+
+@kernels_missing
+def test_measuring(pair: tuple[Path, Path]) -> None:
+    model = wanda.load(pair[1])
+    assert decode_seconds(model, 3, 2) > 0 and prefill_seconds(model, 20) > 0 and read_bandwidth(1 << 20, 2) > 0
+    alone = fresh(pair[1], packed=True)
+    assert 0 < alone.opened <= alone.ready and alone.resident > 0
