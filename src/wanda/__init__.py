@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Recipe": "wanda.recipe",
+    "compare": "wanda.evaluation.compare",
     "load": "wanda.runtime.loading",
     "perplexity": "wanda.evaluation.perplexity",
     "prune": "wanda.pipeline",

@@ -17,6 +17,7 @@ app = App(
 _COMMANDS = {
     "demo": "Prune a small real model and show what that does to it.",
     "prune": "Prune a model without retraining.",
+    "compare": "Prune in every way of a grid and measure each.",
     "eval": "Measure models: perplexity and tasks.",
     "tune": "Train a pruned model on; what was removed stays zero.",
     "merge": "Merge a LoRA adapter into its pruned model, under the masks.",

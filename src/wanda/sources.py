@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import gzip
+import hashlib
 import json
 import platform
 import zlib
@@ -99,6 +100,22 @@ def faults(source: str) -> list[str]:
     except OSError as error:
         return [f"{file} cannot be read ({error.strerror or error}); check its permissions"]
     return []
+
+
+def identity(source: str) -> str:
+    """What tells the content of a source without faults from another's: a set's name, else a digest of its file."""
+    if source in NAMED:
+        return source
+    file, fields = _split(source)
+    with open(file, "rb") as stream:
+        return "+".join([hashlib.file_digest(stream, "sha256").hexdigest(), *fields])
+
+
+def name_of(source: str) -> str:
+    """A source without the folder that its file is in."""
+    return (
+        source if source in NAMED else ":".join([_split(source)[0].name, *filter(None, ["+".join(_split(source)[1])])])
+    )
 
 
 def _split(source: str) -> tuple[Path, tuple[str, ...]]:

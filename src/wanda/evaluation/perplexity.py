@@ -131,9 +131,18 @@ def cut(ids: Tensor, seqlen: int, windows: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, ids: Tensor, label: str, *, dense: nn.Module | None = None, batch: int | None = None
+    model: nn.Module,
+    ids: Tensor,
+    label: str,
+    *,
+    dense: nn.Module | None = None,
+    batch: int | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of a module on windows of token ids [windows, seqlen]; `dense` adds the KL divergence from it."""
+    """Perplexity of a module on windows of token ids [windows, seqlen]; `dense` adds the KL divergence from it.
+
+    advance: called with the number of windows that a forward pass finished; a bar on a terminal when None.
+    """
     count, seqlen = ids.shape
     if batch is not None and batch < 1:
         raise ConfigurationError(f"--batch {batch} has to be at least 1")
@@ -145,7 +154,7 @@ def measure(
         )
     losses, divergences = [], []
     start = time.perf_counter()
-    with _progress(count, label) as advance:
+    with _progress(count, label) if advance is None else contextlib.nullcontext(advance) as advance:
         for part in ids.split(size):
             logits = _logits(model, part)
             reference = None if dense is None else _logits(dense, part)

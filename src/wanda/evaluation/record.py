@@ -27,10 +27,10 @@ def record(folder: Path, kind: str, results: Mapping[str, Mapping[str, Any]]) ->
         report = json.loads(file.read_text(encoding="utf-8"))
         evaluation = report.setdefault("evaluation", {})
         evaluation.setdefault(kind, {}).update(results)
-        _replace(file, json.dumps(report, indent=1) + "\n")
+        replace_file(file, json.dumps(report, indent=1) + "\n")
         card = folder / "README.md"
         if card.is_file():
-            _replace(card, _with_section(card.read_text(encoding="utf-8"), evaluation))
+            replace_file(card, _with_section(card.read_text(encoding="utf-8"), evaluation))
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"the result cannot be kept in {file} ({error}); it is printed only") from error
     return True
@@ -59,7 +59,8 @@ def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
+    """Write `text` to `file`, whole or not at all."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
