@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,9 +19,10 @@ from wanda.activations import Activations
 from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
 from wanda.checkpoint.tensors import Entry
-from wanda.checkpoint.writer import Writer
+from wanda.checkpoint.writer import Writer, partial_folder
 from wanda.composition import Composition
 from wanda.errors import ConfigurationError, RunError, near
+from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
 from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
@@ -27,7 +30,7 @@ from wanda.report import Report, peak_memory
 from wanda.report.card import model_card
 from wanda.report.progress import Progress
 from wanda.statistics import Needs, Statistics
-from wanda.walk import Walk
+from wanda.walk import Job, Walk
 from wanda.weights import Matrix
 
 
@@ -41,6 +44,7 @@ def prune(
     dry_run: bool = False,
     progress: bool = True,
     command: str | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Report | Plan:
     """Prune a checkpoint into another one, a block at a time; the whole model is never in memory.
@@ -50,34 +54,62 @@ def prune(
     overwrite: replace a non-empty `out`. resume: go on with a run that was killed, ending in the same bytes.
     dry_run: return the Plan, loading no weights. progress: show a bar, or log lines without a terminal.
     command: the command line to be told in the model card.
+    ranks: the processes that share the run, each of which calls this; see wanda.parallel.
     Returns the Report that is also written to `out`/wanda.json. Raises ConfigurationError with all faults, before
     anything is loaded or written; RunError for a fault on the way, leaving a resumable `out`.partial.
     """
-    plan = make_plan(model, Path(out), recipe or make_recipe(options), overwrite=overwrite, resume=resume)
+    ranks = ranks or Ranks()
+    recipe = recipe or make_recipe(options)
+    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite=overwrite, resume=resume))
+    ranks.connect(plan.skeleton.device)
+    _same_plan(plan, ranks)
     if dry_run:
         return plan
     start = time.perf_counter()
-    tokens, notes = plan.calibration_tokens()
+    tokens, notes = plan.calibration_tokens() if ranks.leads else (None, [])
+    tokens = ranks.tokens(tokens)
     identity = {
         "recipe": plan.recipe.as_dict(),
         "input": plan.checkpoint.fingerprint(),
         "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
     }
-    writer = Writer(plan.out, plan.checkpoint, identity, resume)
+    writer = Writer(plan.out, plan.checkpoint, identity, resume) if ranks.leads else None
     try:
-        loop = BlockLoop(plan.skeleton, plan.recipe, plan.matrices, tokens, plan.batch, plan.activation_folder)
-        with Progress(len(plan.matrices), progress) as bar:
+        loop = BlockLoop(plan.skeleton, plan.recipe, plan.matrices, tokens, plan.batch, plan.activation_folder, ranks)
+        with Progress(len(plan.matrices), progress and ranks.leads) as bar:
             loop.run(bar, writer)
         report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
-        writer.finish({"wanda.json": report.json(), "README.md": model_card(report)})
+        if writer is not None:
+            writer.finish({"wanda.json": report.json(), "README.md": model_card(report)})
+        ranks.exchange(None)  # all end well, or none
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{writer.folder} keeps what is finished: go on with --resume") from None
+        raise KeyboardInterrupt(f"{partial_folder(plan.out)} keeps what is finished: go on with --resume") from None
     except RunError as error:
+        if writer is None:
+            raise
         kept = f"{len(writer.done)} finished blocks are kept in {writer.folder}: mend it, then go on with --resume"
         raise RunError(f"{error}\n{kept}") from error
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
     return report
+
+
+def _same_plan(plan: Plan, ranks: Ranks) -> None:
+    """Take the first rank's choices under --memory; refuse a rank with another input, device or type."""
+    tensors = sorted((key, str(entry.dtype), list(entry.shape)) for key, entry in plan.checkpoint.entries.items())
+    same = {
+        "the same input": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
+        "the same --dtype": str(plan.skeleton.dtype),
+        "the same kind of --device": plan.skeleton.device.type,
+    }
+    folder = None if plan.activation_folder is None else str(plan.activation_folder)
+    first, propagate, batch, folder = ranks.first([same, plan.recipe.propagate, plan.batch, folder])
+    different = [f"{what} (here {same[what]}, there {first[what]})" for what in same if same[what] != first[what]]
+    if different:
+        raise ConfigurationError(f"{ranks} differs from the first: give all ranks {' and '.join(different)}")
+    plan.recipe = dataclasses.replace(plan.recipe, propagate=propagate)
+    plan.batch, plan.activation_folder = batch, None if folder is None else Path(folder)
 
 
 def prune_model(
@@ -240,14 +272,17 @@ class BlockLoop:
         tokens: Tensor | None,
         batch: int,
         activation_folder: Path | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.parts, self.recipe, self.matrices, self.tokens, self.batch = parts, recipe, matrices, tokens, batch
+        self.parts, self.recipe, self.matrices, self.batch = parts, recipe, matrices, batch
+        self.ranks = ranks or Ranks()
+        self.tokens = None if tokens is None else self.ranks.split(tokens, batch)
         self.activation_folder = activation_folder
         self.pruner = Pruner(recipe)
 
     @torch.no_grad()
     def run(self, progress: Progress, writer: Writer | None = None) -> None:
-        """Prune all blocks; with a writer, blocks it has already are replayed and the others handed to it."""
+        """Prune all blocks; blocks the first rank's writer has already are replayed, the others handed to it."""
         with contextlib.ExitStack() as stack:
             calls, hidden = self._record()
             if hidden is not None:
@@ -266,10 +301,12 @@ class BlockLoop:
         hidden: Activations | None,
         dense: Activations | None,
     ) -> None:
+        done = self.ranks.first([] if writer is None else list(writer.done))
         for index in range(len(self.matrices)):
-            if writer is not None and index < len(writer.done):
-                self._replay(index, calls[index], hidden, dense, writer.block_entries(index))
-                self.pruner.rows += writer.done[index]
+            if index < len(done):
+                entries = None if writer is None else writer.block_entries(index)
+                self._replay(index, calls[index], hidden, dense, entries)
+                self.pruner.rows += done[index]
             else:
                 stored = self.parts.load_block(index)
                 self._prune(index, stored, calls[index], hidden, dense)
@@ -283,6 +320,8 @@ class BlockLoop:
         """The arguments of every block (per block, per micro-batch) and the hidden states that enter the first."""
         if self.tokens is None:
             return [[] for _ in self.matrices], None
+        if not len(self.tokens):  # more ranks than micro-batches
+            return [[] for _ in self.matrices], Activations([], self.activation_folder)
         self.parts.load_outside()
         batches = [part.to(self.parts.device) for part in self.tokens.split(self.batch)]
         recording = record(self.parts.model, self.parts.blocks, batches)
@@ -294,8 +333,9 @@ class BlockLoop:
         self, progress: Progress, calls: list[list[Call]], hidden: Activations | None, writer: Writer | None
     ) -> list[Fraction]:
         """The sparsity of every block; one more dense pass over the model when the allocation measures."""
-        if writer is not None and "sparsities" in writer.facts:
-            return [Fraction(text) for text in writer.facts["sparsities"]]
+        known = self.ranks.first(None if writer is None else writer.facts.get("sparsities"))
+        if known is not None:
+            return [Fraction(text) for text in known]
         assert self.recipe.allocation is not None
         allocation = ALLOCATIONS.get(self.recipe.allocation)
         measures = [BlockMeasure(0.0, sum(matrix.numel for matrix in matrices)) for matrices in self.matrices]
@@ -307,7 +347,9 @@ class BlockLoop:
                 progress.measured(index)
             if stream is not None:
                 stream.close()
-        asked = Fraction(0) if self.recipe.sparsity is None else exact(self.recipe.sparsity)
+        asked = pattern_of(self.recipe, exact(self.recipe.sparsity or 0)).sparsity
+        values = self.ranks.first([measure.value for measure in measures])
+        measures = [BlockMeasure(value, m.weights) for value, m in zip(values, measures, strict=True)]
         sparsities = allocation.allocate(measures, asked)
         if writer is not None:
             writer.note(sparsities=[str(sparsity) for sparsity in sparsities])
@@ -335,8 +377,7 @@ class BlockLoop:
 
     def _patterns(self, sparsities: list[Fraction]) -> dict[str, Pattern]:
         """The pattern of every matrix; --sparsity-of goes before the allocation, which shares out the rest exactly."""
-        asked = Fraction(0) if self.recipe.sparsity is None else exact(self.recipe.sparsity)
-        base = pattern_of(self.recipe, asked)
+        base = pattern_of(self.recipe, exact(self.recipe.sparsity or 0))
         free = [[m for m in block if self.recipe.sparsity_for(m.name) is None] for block in self.matrices]
         shared = share_out([[(m.out, m.width) for m in block] for block in free], sparsities, base)
         patterns = {m.name: p for ms, ps in zip(free, shared, strict=True) for m, p in zip(ms, ps, strict=True)}
@@ -358,29 +399,29 @@ class BlockLoop:
         computed = dict(self.parts.model.named_parameters())
         solved: set[str] = set()
 
-        def solve(matrix: Matrix, statistics: Statistics | None) -> None:
-            solved.add(matrix.name)
-            name = matrix.parameter
-            self.pruner.solve(matrix, statistics, index, stored[name], computed[name].data)
+        def solve(jobs: Sequence[Job]) -> None:
+            solved.update(matrix.name for matrix, _, _ in jobs)
+            self._solve(index, jobs, stored, computed)
 
+        everyone = range(self.ranks.world)
         if hidden is None:
-            for matrix in self.matrices[index]:
-                solve(matrix, None)
+            solve([(matrix, None, everyone) for matrix in self.matrices[index]])
             return
         walk = self._walk(index, calls, hidden, dense, self.pruner.composition.needs)
         (walk.prune_by_block if self.recipe.propagate == "block" else walk.prune_by_layer)(solve)
-        for matrix in self.matrices[index]:
-            if matrix.name in solved:
-                continue
+        unseen = [matrix for matrix in self.matrices[index] if matrix.name not in solved]
+        for matrix in unseen:
             if matrix.expert is None:
                 raise RunError(
                     f"{matrix.name} was not multiplied with anything in the forward pass, so that it has no "
                     "statistics; leave it dense with --exclude"
                 )
-            solve(matrix, None)
+        solve([(matrix, None, everyone) for matrix in unseen])
+        late = self.ranks.exchange(walk.late)
         for row in self._rows(index):
-            if row["name"] in walk.late:
-                row["notes"].append(f"{walk.late[row['name']]} tokens came after it was pruned and are not in its sums")
+            count = sum(tokens.get(row["name"], 0) for tokens in late)
+            if count:
+                row["notes"].append(f"{count} tokens came after it was pruned and are not in its sums")
         for tensor in hidden:
             if not bool(torch.isfinite(tensor).all()):
                 raise RunError(
@@ -388,18 +429,46 @@ class BlockLoop:
                     "compute with --dtype float32"
                 )
 
+    def _solve(
+        self, index: int, jobs: Sequence[Job], stored: Mapping[str, Tensor], computed: Mapping[str, Tensor]
+    ) -> None:
+        """Prune matrices, each on one of the ranks that hold its statistics in turn, and give all ranks the results."""
+        rank, before = self.ranks.rank, len(self.pruner.rows)
+        solvers = [holders[place % len(holders)] for place, (_, _, holders) in enumerate(jobs)]
+        for (matrix, statistics, _), solver in zip(jobs, solvers, strict=True):
+            if solver == rank:
+                name = matrix.parameter
+                self.pruner.solve(matrix, statistics, index, stored[name], computed[name].data)
+        if self.ranks.world == 1:
+            return
+        told = self.ranks.exchange(self.pruner.rows[before:])
+        rows = {row["name"]: row for part in told for row in part}
+        self.pruner.rows[before:] = [rows[matrix.name] for matrix, _, _ in jobs]
+        for (matrix, _, _), solver in zip(jobs, solvers, strict=True):
+            view, result = matrix.view(stored[matrix.parameter]), matrix.view(computed[matrix.parameter].data)
+            self.ranks.broadcast(view, solver)
+            if solver != rank and result.data_ptr() != view.data_ptr():
+                result.copy_(view)
+
     def _replay(
         self,
         index: int,
         calls: list[Call],
         hidden: Activations | None,
         dense: Activations | None,
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, Entry] | None,
     ) -> None:
-        """Move the hidden states through a block that an earlier run finished; the dense ones through the input's."""
+        """Move the hidden states through a block that an earlier run finished; the dense ones through the input's.
+
+        entries: the finished block on the first rank, from which the others have it.
+        """
         for stream, place in ((hidden, entries), (dense, None)):
             if stream is not None:
                 self.parts.load_block(index, place)
+                if stream is hidden:
+                    parameters = dict(self.parts.model.named_parameters())
+                    for name in sorted({matrix.parameter for matrix in self.matrices[index]}):
+                        self.ranks.broadcast(parameters[name].data, 0)
                 self._walk(index, calls, stream, None, Needs.NOTHING).forward()
                 self.parts.drop_block(index)
 
@@ -417,6 +486,7 @@ class BlockLoop:
             needs,
             self.parts.device,
             self.recipe.experts == "all",
+            self.ranks,
         )
 
     def _shard(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor | Entry]:

@@ -20,24 +20,17 @@ from torch import Tensor, nn
 from wanda.activations import Activations
 from wanda.blocks import Call, refuse_changed_arguments
 from wanda.errors import RunError
+from wanda.parallel import Ranks
 from wanda.statistics import Needs, Statistics
 from wanda.taps import Hit, Taps
 from wanda.weights import Matrix
 
-Solve = Callable[[Matrix, Statistics], None]  # prunes a matrix in place once its statistics are complete
+Job = tuple[Matrix, Statistics | None, Sequence[int]]  # a matrix, its statistics, the ranks that hold those
+Solve = Callable[[Sequence[Job]], None]  # prunes matrices in place once their statistics are complete
 
 
 class _Enough(Exception):
     """The pass has seen the input of the block's last matrix; what follows would not be used."""
-
-
-@dataclass
-class _Input:
-    """The sums of one input, the first matrix that has it, and whether all processes' sums are in."""
-
-    statistics: Statistics
-    owner: str
-    reduced: bool = False
 
 
 @dataclass
@@ -51,7 +44,7 @@ class Walk:
     dense: hidden states of the dense model, kept beside when inherited errors are to be repaired; else None.
     needs: what the statistics must hold.
     all_experts: show every token to every expert first, for the statistics alone.
-    reduce: adds a Statistics over all processes before it is used.
+    ranks: the processes that the micro-batches are split over; statistics are added up before they are used.
     """
 
     block: nn.Module
@@ -63,14 +56,15 @@ class Walk:
     needs: Needs = Needs.NORMS
     device: torch.device | str = "cpu"
     all_experts: bool = False
-    reduce: Callable[[Sequence[Statistics]], None] = lambda statistics: None
+    ranks: Ranks = field(default_factory=Ranks)
     late: dict[str, int] = field(default_factory=dict)  # tokens that came after their matrix was pruned
 
     def __post_init__(self) -> None:
         self._parameters = {self.prefix + n: p for n, p in self.block.named_parameters()}
-        self._rank = {matrix.name: rank for rank, matrix in enumerate(self._in_order())}
-        self._last: dict[int, tuple[Tensor, int, _Input]] = {}  # micro-batch -> its last input
-        self._inputs: dict[str, _Input] = {}  # matrix -> its input
+        self._matrix = {matrix.name: matrix for matrix in self._in_order()}
+        self._rank = {name: rank for rank, name in enumerate(self._matrix)}
+        self._last: dict[int, tuple[Tensor, int, Statistics]] = {}  # micro-batch -> its last input
+        self._inputs: dict[str, Statistics] = {}  # matrix -> its input's
         self._current = 0  # the micro-batch that runs, where it has no greenlet of its own
         self._showing: set[tuple[int, bool]] = set()  # who is showing all tokens to all experts
 
@@ -114,18 +108,18 @@ class Walk:
             except _Enough:
                 pass
         self._last.clear()
-        self.reduce([i.statistics for n, i in self._inputs.items() if i.owner == n])
+        self.ranks.reduce(self._inputs, self._empty)
         return [matrix for matrix in self._in_order() if matrix.name in self._inputs]
 
     @property
     def statistics(self) -> dict[str, Statistics]:
         """What was gathered, by matrix; matrices with the same input share theirs."""
-        return {name: found.statistics for name, found in self._inputs.items()}
+        return dict(self._inputs)
 
     def prune_by_block(self, solve: Solve) -> None:
         """Gather, prune all matrices, pass again with the pruned weights."""
-        for matrix in self.gather():
-            solve(matrix, self._inputs[matrix.name].statistics)
+        everyone = range(self.ranks.world)
+        solve([(matrix, self._inputs[matrix.name], everyone) for matrix in self.gather()])
         self._inputs.clear()
         self.forward()
 
@@ -183,7 +177,7 @@ class Walk:
         taps = Taps(self._parameters, self.matrices, on_product)
         with self._all_experts():
             try:
-                while moving:
+                while True:
                     for index in moving:
                         if ahead and not ahead[index].dead:
                             resume(ahead[index])
@@ -191,15 +185,15 @@ class Walk:
                         if found is not None:
                             waiting[index] = found
                     turn = self._turn(waiting)
+                    if turn is None:
+                        break
                     moving = [index for index, found in waiting.items() if found[0].name == turn]
-                    here = {m.name: m for index in moving for m in waiting.pop(index)}
-                    for matrix in sorted(here.values(), key=lambda m: self._rank[m.name]):
-                        complete = self._inputs.pop(matrix.name)
-                        if not complete.reduced:
-                            self.reduce([complete.statistics])
-                            complete.reduced = True
-                        solve(matrix, complete.statistics)
-                        solved.add(matrix.name)
+                    here = {matrix.name for index in moving for matrix in waiting.pop(index)}
+                    seen = {name: self._inputs.pop(name) for name in here}
+                    holders = self.ranks.reduce(seen, self._empty)
+                    names = sorted(holders, key=self._rank.__getitem__)
+                    solve([(self._matrix[name], seen.get(name), holders[name]) for name in names])
+                    solved.update(names)
             finally:  # unwind what still waits
                 for runner in (*runners, *ahead):
                     if runner:
@@ -253,9 +247,16 @@ class Walk:
                 handle.remove()
 
     def _turn(self, waiting: dict[int, list[Matrix]]) -> str | None:
-        """The first matrix, in order, that a micro-batch waits for: no micro-batch can still arrive there."""
-        names = [found[0].name for found in waiting.values()]
-        return min(names, key=self._rank.__getitem__) if names else None
+        """The first matrix, in order, that a micro-batch of any rank waits for: none can still arrive there."""
+        mine = min((self._rank[found[0].name] for found in waiting.values()), default=None)
+        ranks = [rank for rank in self.ranks.exchange(mine) if rank is not None]
+        return list(self._rank)[min(ranks)] if ranks else None
+
+    def _empty(self, name: str) -> Statistics:
+        """The statistics of a matrix before it sees anything."""
+        matrix = self._matrix[name]
+        inherit = self.dense is not None and matrix.expert is None  # routing differs between the two streams
+        return Statistics(matrix.width, self.needs, self.device, inherit=inherit, owner=name)
 
     def _observe(self, index: int, matrix: Matrix, x: Tensor, beside: Tensor | None) -> None:
         """Add the input x of micro-batch `index` to the matrix's statistics, once for all matrices that share it."""
@@ -278,10 +279,8 @@ class Walk:
         elif known is not None and known.owner != matrix.name:
             raise RunError(f"{matrix.name} shares its input with {known.owner} in some micro-batches only")
         if known is None:
-            inherit = self.dense is not None and matrix.expert is None  # routing differs between the two streams
-            known = _Input(Statistics(matrix.width, self.needs, self.device, inherit=inherit), matrix.name)
-            self._inputs[matrix.name] = known
-        known.statistics.update(x, beside if known.statistics.inherit else None)
+            known = self._inputs[matrix.name] = self._empty(matrix.name)
+        known.update(x, beside if known.inherit else None)
         self._last[index] = (x, x._version, known)  # holds x, so that its memory is not given to another input
 
     def _dense_inputs(self, index: int) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ def prune_command(
     import json as json_module
     import sys
 
+    from wanda.parallel import Ranks
     from wanda.pipeline import prune
     from wanda.plan import Plan
     from wanda.report.card import command_line
@@ -52,15 +53,19 @@ def prune_command(
 
     if recipe is not None:
         options = options.over(Recipe.from_file(recipe))
-    result = prune(
-        model,
-        out=out,
-        recipe=options,
-        overwrite=overwrite,
-        resume=resume,
-        dry_run=dry_run,
-        command=command_line(sys.argv[1:]),
-    )
+    with Ranks.started() as ranks:
+        result = prune(
+            model,
+            out=out,
+            recipe=options,
+            overwrite=overwrite,
+            resume=resume,
+            dry_run=dry_run,
+            command=command_line(sys.argv[1:]),
+            ranks=ranks,
+        )
+    if not ranks.leads:
+        return
     if json:
         print(json_module.dumps(result.as_dict()))
     elif isinstance(result, Plan):
