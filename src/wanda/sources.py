@@ -113,9 +113,7 @@ def identity(source: str) -> str:
 
 def name_of(source: str) -> str:
     """A source without the folder that its file is in."""
-    return (
-        source if source in NAMED else ":".join([_split(source)[0].name, *filter(None, ["+".join(_split(source)[1])])])
-    )
+    return source if source in NAMED else source.removeprefix(str(Path(source).parent)).lstrip("/")
 
 
 def _split(source: str) -> tuple[Path, tuple[str, ...]]:
