@@ -220,6 +220,7 @@ def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
         "input": first.checkpoint.fingerprint(),
         "text": hashlib.sha256(ids.numpy().tobytes() + str(ids.shape).encode()).hexdigest(),
         "dtype": _dtype(first),
+        "device": str(first.skeleton.device),
         "versions": _versions(),
     }
     calibration = sources.identity(plans[0][0].calibration) if any(plan.calibrated for _, plan in plans) else None
@@ -230,8 +231,8 @@ def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
             resolved |= dict.fromkeys(_CALIBRATION)
         if recipe.pattern is not None:
             resolved["group"] = None  # the M inputs compete
-        used = calibration if plan.calibrated else None
-        key = _digest(common | {"recipe": resolved, "calibration": used})
+        content = {"calibration": calibration if plan.calibrated else None}  # whatever its file is called
+        key = _digest(common | {"recipe": resolved | content})
         if not plan.calibrated and key not in cells:
             name = f"{label(recipe)} {extent(recipe)}"
         cells.setdefault(key, Cell(name, key, recipe, resolved))

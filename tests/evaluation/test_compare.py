@@ -1,0 +1,257 @@
+"""A comparison against prune and perplexity called one by one; stopping, continuing, presets, faults, tables, plots."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import wanda
+from wanda.errors import ConfigurationError, RunError
+from wanda.evaluation import compare as module
+from wanda.evaluation.grid import PRESETS, Grid, Setting
+from wanda.evaluation.perplexity import perplexity
+from wanda.recipe import Recipe
+from wanda.report.comparison import Board
+
+SHARED: dict[str, Any] = {"seqlen": 24, "samples": 4, "windows": 6, "dtype": "float32", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog and small weights may go " * 40)
+    return str(file)
+
+
+class Pruning:
+    """Prunes in this process, which is quicker than one of its own; counts, and does what it is told to instead."""
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self.instead: dict[int, BaseException] = {}
+
+    def __call__(self, model: str, folder: Path, recipe: Recipe, now: Callable[[str], None]) -> None:
+        self.folders.append(folder.name)
+        if len(self.folders) in self.instead:
+            folder.with_name(folder.name + ".partial").mkdir(parents=True)
+            raise self.instead[len(self.folders)]
+        wanda.prune(model, out=folder, recipe=recipe, overwrite=True, progress=False)
+
+
+@pytest.fixture
+def pruning(monkeypatch: pytest.MonkeyPatch) -> Pruning:
+    here = Pruning()
+    monkeypatch.setattr(module, "_prune", here)
+    return here
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
+
+
+def test_equals_prune_and_perplexity_one_by_one(pruning: Pruning, tiny: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    options = SHARED | {"calibration": text, "text": text}
+    found = wanda.compare(tiny, out=out, methods=["magnitude", "wanda"], sparsity=0.6, pattern="2:4", **options)
+    assert [row["name"] for row in found.rows] == ["dense", "magnitude 60%", "magnitude 2:4", "wanda 60%", "wanda 2:4"]
+    rows = results(out)
+    measured = {"text": text, "seqlen": 24, "windows": 6, "dtype": "float32"}
+    assert rows["dense"]["perplexity"] == pytest.approx(perplexity(tiny, **measured).perplexity, rel=1e-6)
+    for method, extent in itertools.product(("magnitude", "wanda"), ({"sparsity": 0.6}, {"pattern": "2:4"})):
+        row = rows[f"{method} {extent.get('pattern', '60%')}"]
+        folder = tmp_path / f"{row['key']}"
+        report: Any = wanda.prune(
+            tiny, out=folder, method=method, calibration=text, samples=4, seqlen=24, dtype="float32", progress=False,
+            **extent,
+        )  # fmt: skip
+        assert row["perplexity"] == pytest.approx(perplexity(folder, **measured).perplexity, rel=1e-6)
+        assert row["sparsity"] == report.sparsity and row["error"] is None
+        assert (row["relative_error"] is None) == (method == "magnitude")
+    assert not (out / "models").exists()
+    lines = list(csv.DictReader(io.StringIO((out / "results.csv").read_text())))
+    assert [(line["method"], line["pattern"]) for line in lines[1:]] == [
+        (method, pattern) for method in ("magnitude", "wanda") for pattern in ("", "2:4")
+    ]
+    assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in rows.values()]
+    table = (out / "results.md").read_text()
+    assert all(f"{row['perplexity']:.2f}" in table for row in rows.values()) and "text.txt" in table
+    assert str(tmp_path) not in table + (out / "results.json").read_text()  # results name no folder of the machine
+    for name in ("sparsity", "seconds"):
+        assert (out / f"perplexity-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goes_on_after_a_stop_without_redoing_cells(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "calibration.txt"
+    file.write_text(Path(text).read_text())
+    out = tmp_path / "out"
+    options = SHARED | {"calibration": str(file), "text": text, "methods": ["wanda", "ria"], "sparsity": [0.5, 0.6]}
+    pruning.instead = {2: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        wanda.compare(tiny, out=out, **options)
+    assert list(results(out)) == ["dense", "wanda 50%"] and list((out / "models").iterdir()) == []
+    first = results(out)
+
+    measure = module._measure
+    monkeypatch.setattr(module, "_measure", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        wanda.compare(tiny, out=out, **options)  # stopped while it measures: the model is pruned already
+    monkeypatch.setattr(module, "_measure", measure)
+    assert len(pruning.folders) == 3
+    done = wanda.compare(tiny, out=out, **options)
+    assert [name.rpartition("-")[0] for name in pruning.folders[3:]] == ["ria-50", "ria-60"]
+    assert list(results(out)) == ["dense", "wanda 50%", "wanda 60%", "ria 50%", "ria 60%"]
+    assert results(out) | first == results(out) and not (out / "models").exists()
+
+    file = file.rename(tmp_path / "renamed.txt")  # the same text
+    again = wanda.compare(tiny, out=out, **options | {"calibration": str(file), "methods": "ria"})
+    assert len(pruning.folders) == 5 and [row["name"] for row in again.rows] == ["dense", "ria 50%", "ria 60%"]
+    more = wanda.compare(tiny, out=out, **options | {"calibration": str(file), "windows": 5})
+    assert len(pruning.folders) == 9 and more.rows[0]["perplexity"] != done.rows[0]["perplexity"]
+    whole = wanda.compare(tiny, out=out, **options | {"calibration": str(file)})
+    assert len(pruning.folders) == 9 and "5 cells of earlier comparisons" in whole.notes[0]
+    assert [row["perplexity"] for row in whole.rows] == [row["perplexity"] for row in done.rows]
+
+
+def test_failed_cells_do_not_stop_the_others_and_are_tried_again(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str
+) -> None:
+    options = SHARED | {"calibration": text, "text": text, "methods": ["wanda", "ria"], "keep": True}
+    pruning.instead = {1: RunError("the disk is full")}
+    with pytest.raises(RunError, match=r"1 of 3 cells failed(.|\n)*wanda 50%: the disk is full"):
+        wanda.compare(tiny, out=tmp_path, **options)
+    assert "- wanda 50%: the disk is full" in (tmp_path / "results.md").read_text()
+    assert results(tmp_path)["wanda 50%"]["perplexity"] is None and results(tmp_path)["ria 50%"]["perplexity"] > 1
+    wanda.compare(tiny, out=tmp_path, **options)
+    assert [name.partition("-")[0] for name in pruning.folders] == ["wanda", "ria", "wanda"]
+    assert sorted(folder.name.partition("-")[0] for folder in (tmp_path / "models").iterdir()) == ["ria", "wanda"]
+    assert perplexity(next((tmp_path / "models").glob("ria*")), text, seqlen=24, windows=6, dtype="float32") is not None
+
+
+def test_seeds_are_summarised_and_cells_without_calibration_run_once(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str
+) -> None:
+    options = SHARED | {"samples": (2, 3), "calibration": text, "text": text}
+    found = wanda.compare(tiny, out=tmp_path / "out", methods=("magnitude", "wanda"), seeds=(0, 1, 2), **options)
+    expected = [f"wanda 50%, {samples} samples, seed {seed}" for samples in (2, 3) for seed in (0, 1, 2)]
+    assert [row["name"] for row in found.rows] == ["dense", "magnitude 50%", *expected]
+    rows = found.over_seeds()
+    assert [(row["name"], row["samples"], row["seeds"]) for row in rows] == [("wanda", 2, 3), ("wanda", 3, 3)]
+    values = [row["perplexity"] for row in found.rows if row["name"] in expected[:3]]
+    assert len(set(values)) == 3
+    assert rows[0]["mean"] == pytest.approx(sum(values) / 3) and rows[0]["most"] == max(values)
+    assert rows[0]["deviation"] == pytest.approx(statistics.stdev(values))
+    assert f"| {rows[0]['mean']:.2f} | {rows[0]['deviation']:.2f} |" in (tmp_path / "out" / "results.md").read_text()
+    assert (tmp_path / "out" / "perplexity-samples.png").exists()
+
+
+def test_presets_are_the_studies_of_the_paper() -> None:
+    def cells(preset: Any, **axes: Any) -> list[dict[str, Any]]:
+        recipes = list(Grid(preset=preset, **axes).recipes(Setting()))
+        assert all(not recipe.faults() for recipe in recipes)
+        return [recipe.resolved().as_dict() for recipe in recipes]
+
+    groups = cells("groups")
+    assert {(r["score"], r["group"], r["update"], r["sparsity"]) for r in groups} == set(
+        itertools.product(("magnitude", "wanda", "obs"), ("layer", "row", "column", "block:128"), ["none"], [0.5])
+    )
+    updates = cells("updates")
+    assert {(r["score"], r["update"]) for r in updates} == set(
+        itertools.product(("magnitude", "wanda"), ("none", "obs-sequential", "obs"))
+    )
+    samples = cells("samples")
+    assert {r["samples"] for r in samples} == {1, 4, 16, 64, 128, 256} and {r["update"] for r in samples} > {"none"}
+    sparsity = cells("sparsity")
+    assert sorted({r["sparsity"] for r in sparsity}) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert {r["method"] for r in sparsity} == {"magnitude", "wanda", "sparsegpt"}
+    assert [len(each) for each in (groups, updates, samples, sparsity)] == [12, 6, 12, 24] and len(PRESETS) == 4
+    named = cells("updates", pattern=("2:4",), methods=("wanda",))
+    assert [(r["method"], r["pattern"], r["sparsity"]) for r in named] == [("wanda", "2:4", None)] * 3
+
+
+def test_all_faults_of_all_cells_before_anything_is_written(pruning: Pruning, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a few words")
+    options = {"text": str(tmp_path / "text.tx"), "calibration": "builtin", "windows": 0, "progress": False}
+    with pytest.raises(ConfigurationError) as stop:
+        wanda.compare(
+            tiny, out=tmp_path / "out", methods=["owl", "best", "wnda"], scores=["ria"], pattern=["2:4", "5:7"], **options
+        )  # fmt: skip
+    faults = stop.value.faults
+    for cell, part in (
+        ("owl score=ria 2:4", "the allocation owl cannot vary the pattern 2:4"),
+        ("owl score=ria 5:7", "the allocation owl cannot vary the pattern 5:7"),
+        ("best score=ria 2:4; best score=ria 5:7", "the score ria would be ignored"),
+        ("wnda score=ria 2:4; wnda score=ria 5:7", "did you mean wanda"),
+        ("owl score=ria 5:7", "not a multiple of 7"),
+        ("", "did you mean text.txt"),
+        ("", "--windows 0"),
+    ):
+        assert [fault for fault in faults if fault.startswith(cell) and part in fault], (cell, part)
+    assert len(faults) == len(set(faults)) == 7 and not (tmp_path / "out").exists() and not pruning.folders
+    for wrong, message in (
+        ({}, "no method is named"),
+        ({"methods": "wanda", "sparsities": 0.5}, "there is no option 'sparsities': did you mean sparsity"),
+        ({"methods": "wanda", "propagate": "layers"}, "block or layer"),
+        ({"preset": "group"}, "did you mean groups"),
+        ({"methods": "wanda", "text": str(tmp_path / "text.txt"), "calibration": "builtin"}, "a window 128"),
+        ({"grids": [Grid(methods=("wanda",))], "methods": "wanda"}, "would be ignored beside grids"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            wanda.compare(tiny, out=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_used(pruning: Pruning, tiny: Path, tmp_path: Path, text: str) -> None:
+    options = SHARED | {"calibration": text, "text": text, "methods": "magnitude"}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"format": 99}')
+    for out, message in (("full", "not empty"), ("other", "holds no comparison"), ("full/thesis.txt", "is a file")):
+        with pytest.raises(ConfigurationError, match=message):
+            wanda.compare(tiny, out=tmp_path / out, **options)
+    with pytest.raises(ConfigurationError, match="input itself"):
+        wanda.compare(tiny, out=tiny, **options)
+    (tmp_path / "busy").mkdir()
+    held = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ConfigurationError, match="another comparison"):
+        wanda.compare(tiny, out=tmp_path / "busy", **options)
+    os.close(held)
+    assert not pruning.folders
+
+
+def test_tables_without_matplotlib(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "matplotlib" else object())
+    out = tmp_path / "out"
+    found = wanda.compare(tiny, out=out, methods="magnitude", text=text, **SHARED | {"calibration": "builtin"})
+    assert "pip install 'wanda-prune[plots]'" in found.notes[0] and found.notes[0] in (out / "results.md").read_text()
+    assert not list(out.glob("*.png")) and len(results(out)) == 2
+
+
+def test_board_on_a_terminal_shows_what_is_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    board = Board([f"wanda {n}%" for n in range(40)])
+    board.console = Console(file=stream, force_terminal=True, width=100, height=20)
+    with board:
+        row = {"perplexity": 12.345, "seconds": 3.21, "peak_memory_bytes": 5e8, "error": None}
+        for number in range(21):
+            board.done(number, row)
+        board.now(21, "pruning")
+        board.now(21, "pruning: block 3/30")
+    shown = stream.getvalue().rpartition("21 of 40 cells")[2]
+    assert "wanda 21%" in shown and "block 3/30" in shown and "12.35" in shown and "wanda 39%" not in shown
