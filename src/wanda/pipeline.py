@@ -23,6 +23,7 @@ from wanda.checkpoint.writer import Writer, partial_folder
 from wanda.composition import Composition
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.parallel import Ranks
+from wanda.methods import METHODS
 from wanda.patterns import Pattern, Unstructured, Variant, exact
 from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
@@ -80,7 +81,9 @@ def prune(
             loop.run(bar, writer)
         report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
         if writer is not None:
-            writer.finish({"wanda.json": report.json(), "README.md": model_card(report)})
+            writer.finish(
+                {"wanda.json": report.json(), "README.md": model_card(report, METHODS.summary(plan.recipe.method))}
+            )
         ranks.exchange(None)  # all end well, or none
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{partial_folder(plan.out)} keeps what is finished: go on with --resume") from None

@@ -255,7 +255,7 @@ def _kind(name: str) -> str:
 
 
 def _fit(plan: Plan) -> None:
-    """Estimate the peak memory and, under --memory, choose what stays below it; raises ConfigurationError with the least.
+    """Estimate the peak memory; under --memory choose what stays below it, or raise ConfigurationError with the least.
 
     Tried in this order: as asked; activations in a file; two passes, so that only one micro-batch's intermediate
     activations are alive, one sequence at a time.

@@ -85,7 +85,7 @@ class NameMap:
         return self._convert(group, {key: entries[key].read() for key, _ in group.sources})
 
     def unload(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `load`: tensors by disk key; raises RunError when transformers cannot invert the conversion."""
+        """The inverse of `load`: tensors by disk key; raises RunError when the conversion cannot be inverted."""
         if group.converter is None:
             return {group.sources[0][0]: parameters[group.first]}
         reverse = group.converter.reverse_transform()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 
-from wanda.methods import METHODS
 from wanda.report import Report
 
 
-def model_card(report: Report) -> str:
-    """README.md of a pruned model: base model, method and paper, recipe, calibration, sparsity per block, command."""
+def model_card(report: Report, paper: str) -> str:
+    """README.md of a pruned model: base model, method and paper, recipe, calibration, sparsity per block, command.
+
+    paper: the method in one line, with its paper.
+    """
     recipe = report.recipe
     blocks: dict[int, list[dict]] = {}
     for row in report.layers:
@@ -27,10 +29,10 @@ def model_card(report: Report) -> str:
         "---",
         f"# {report.model.rstrip('/').rpartition('/')[2]}, {report.sparsity:.1%} sparse",
         "",
-        f"{report.removed:,} of the {report.weights:,} weights of its decoder layers were removed without retraining from",
-        f"`{report.model}`. It loads with `AutoModelForCausalLM.from_pretrained` like any other checkpoint.",
+        f"{report.removed:,} of the {report.weights:,} weights of its decoder layers were removed without retraining",
+        f"from `{report.model}`. It loads with `AutoModelForCausalLM.from_pretrained` like any other checkpoint.",
         "",
-        f"- Method: `{recipe['method']}`: {METHODS.summary(recipe['method'])}",
+        f"- Method: `{recipe['method']}`: {paper}",
         f"- Axes: score `{recipe['score']}`, {_competes(recipe)}, update `{recipe['update']}`, "
         f"allocation `{recipe['allocation']}`, propagate `{recipe['propagate']}`"
         + (f", inherit `{recipe['inherit']}`" if recipe["inherit"] else ""),

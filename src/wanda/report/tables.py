@@ -65,7 +65,7 @@ def print_plan(plan: Plan) -> None:
     )
     if plan.calibrated:
         console.print(
-            f"calibration {recipe.calibration}: {recipe.samples} x {plan.seqlen} tokens, {plan.batch} sequences at a time,"
+            f"calibration {recipe.calibration}: {recipe.samples} x {plan.seqlen} tokens, {plan.batch} at a time,"
             f" propagate {recipe.propagate}"
         )
     console.print(
