@@ -22,8 +22,8 @@ from wanda.checkpoint.tensors import Entry
 from wanda.checkpoint.writer import Writer, partial_folder
 from wanda.composition import Composition
 from wanda.errors import ConfigurationError, RunError, near
-from wanda.parallel import Ranks
 from wanda.methods import METHODS
+from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
 from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
