@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import ranks
 from architectures import saved
 from models import LINES, tiny_llama, tiny_tokenizer
+from ranks import Server
 from wanda.checkpoint.writer import partial_folder
 from wanda.errors import ConfigurationError
 from wanda.parallel import Ranks
@@ -29,7 +30,7 @@ RUNS = {  # name: model and options
     "llama-layer": ("llama", f"{LLAMA} --propagate layer"),
     "mixtral-block": ("mixtral", f"{ROUTED} --propagate block"),
     "mixtral-layer": ("mixtral", f"{ROUTED} --propagate layer"),
-    "everyone-layer": ("mixtral", f"{ROUTED} --propagate layer --experts all"),
+    "everyone": ("mixtral", f"{ROUTED} --experts all"),
     "short": ("llama", "--samples 3 --seqlen 32 --batch 2"),  # two micro-batches: some ranks of four have none
     "owl": ("llama", f"{LLAMA} --method owl"),
     "magnitude": ("llama", "--method magnitude"),
@@ -41,12 +42,19 @@ RUNS = {  # name: model and options
 
 
 @pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a tiny Llama and a tiny Mixtral."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "text.txt").write_text(" ".join(LINES * 40), encoding="utf-8")
-    tiny_llama(folder / "llama", hidden_size=64, intermediate_size=96)
-    tiny_tokenizer().save_pretrained(saved("mixtral", folder / "mixtral"))
+    tiny_llama(folder / "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    tiny_tokenizer().save_pretrained(saved("mixtral", folder / "mixtral", num_hidden_layers=2))
     return folder
 
 
@@ -57,13 +65,13 @@ def job(inputs: Path, out: Path, model: str, options: str, before: str = "pass")
 
 
 @pytest.fixture(scope="module")
-def outputs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def outputs(server: Server, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """All RUNS by 1, 2 and 4 processes: number of processes to the folder of their outputs."""
     folders = {}
     for world in (1, 2, 4):
         folders[world] = folder = tmp_path_factory.mktemp(f"world{world}")
         jobs = [job(inputs, folder / name, *run) for name, run in RUNS.items()]
-        codes, texts = ranks.run(world, folder / "logs", *jobs)
+        codes, texts = server.run(world, folder / "logs", *jobs)
         assert codes == [0] * world, texts
         assert texts[0].count(", peak memory") == len(RUNS)
         assert all(text == "" for text in texts[1:]), "only the first rank tells anything"
@@ -83,7 +91,7 @@ def agreement(one: Path, other: Path) -> float:
     ours, theirs = tensors(one), tensors(other)
     assert ours.keys() == theirs.keys()
     pruned = [key for key, tensor in ours.items() if (tensor == 0).float().mean() > 0.1]
-    assert len(pruned) > 20
+    assert len(pruned) > 10
     same = sum(int(((ours[key] == 0) == (theirs[key] == 0)).sum()) for key in pruned)
     return same / sum(ours[key].numel() for key in pruned)
 
@@ -97,9 +105,11 @@ def test_several_processes_prune_as_one(name: str, world: int, outputs: dict[int
     for matrix, row in expected.items():
         assert found[matrix]["tokens"] == row["tokens"]
         assert found[matrix]["removed"] == row["removed"]
-        if row["relative_error"]:
-            assert found[matrix]["relative_error"] == pytest.approx(row["relative_error"], rel=0.01)
-    if "sparsegpt" not in name:  # its updates amplify what float sums differ by
+    errors = [[row["relative_error"] or 0.0 for row in table.values()] for table in (expected, found)]
+    if "sparsegpt" in name:  # one weight on the other side of a tie changes the updates of all that follow
+        assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.01)
+    else:
+        assert errors[1] == pytest.approx(errors[0], rel=0.001)
         assert agreement(one, several) > 0.9999
 
 
@@ -109,7 +119,7 @@ def test_experts_are_seen_by_some_ranks_only(outputs: dict[int, Path]) -> None:
     assert min(tokens) < 4 <= max(tokens)
 
 
-def test_sums_are_taken_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+def test_sums_are_taken_in_the_order_of_the_ranks(server: Server, tmp_path: Path) -> None:
     code = """
 import torch
 from wanda import parallel
@@ -125,7 +135,7 @@ with parallel.Ranks.started() as ranks:
     assert torch.equal(view, draw(2).to(torch.bfloat16).T)
     assert ranks.exchange("x" * 3000 * ranks.rank) == ["", "x" * 3000, "x" * 6000]
 """
-    codes, texts = ranks.run(3, tmp_path / "logs", code)
+    codes, texts = server.run(3, tmp_path / "logs", code)
     assert codes == [0, 0, 0], texts
 
 
@@ -153,17 +163,17 @@ BlockLoop._solve = patched
 
 @pytest.mark.parametrize("victim, resumed", [(1, 1), (0, 2)])
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(
-    victim: int, resumed: int, inputs: Path, outputs: dict[int, Path], tmp_path: Path
+    victim: int, resumed: int, server: Server, inputs: Path, outputs: dict[int, Path], tmp_path: Path
 ) -> None:
     name, out = "llama-layer", tmp_path / "out"
     kill = KILL.format(rank=victim, what="os.kill(os.getpid(), signal.SIGKILL)")
-    codes, texts = ranks.run(2, tmp_path / "logs", job(inputs, out, *RUNS[name], kill))
+    codes, texts = server.run(2, tmp_path / "logs", job(inputs, out, *RUNS[name], kill))
     assert codes[victim] == -9 and codes[1 - victim] == 1, texts
     assert f"rank {1 - victim} of 2 lost another rank" in texts[1 - victim]
     assert "--resume" in texts[1 - victim] and "Traceback" not in texts[1 - victim]
     assert not out.exists() and partial_folder(out).exists()
     model, options = RUNS[name]
-    codes, texts = ranks.run(resumed, tmp_path / "again", job(inputs, out, model, f"{options} --resume"))
+    codes, texts = server.run(resumed, tmp_path / "again", job(inputs, out, model, f"{options} --resume"))
     assert codes == [0] * resumed, texts
     assert agreement(outputs[1] / name, out) > 0.9999
     if resumed == 2:  # as if nothing had happened
@@ -174,29 +184,29 @@ def digests(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors")}
 
 
-def test_an_error_on_one_rank_is_told_on_all(inputs: Path, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_is_told_on_all(server: Server, inputs: Path, tmp_path: Path) -> None:
     fault = "from wanda.errors import RunError; raise RunError('the disk of this rank is odd')"
     run = RUNS["llama-block"]
-    codes, texts = ranks.run(3, tmp_path / "a", job(inputs, tmp_path / "out", *run, KILL.format(rank=1, what=fault)))
+    codes, texts = server.run(3, tmp_path / "a", job(inputs, tmp_path / "out", *run, KILL.format(rank=1, what=fault)))
     assert codes == [1, 1, 1], texts
     assert all("the disk of this rank is odd" in text for text in texts)
     assert "rank 0 of 3 ended with rank 1" in texts[0] and "2 finished blocks are kept" in texts[0]
     stop = KILL.format(rank=1, what="os.kill(os.getpid(), signal.SIGTERM)")
-    codes, texts = ranks.run(2, tmp_path / "b", job(inputs, tmp_path / "other", *run, stop))
+    codes, texts = server.run(2, tmp_path / "b", job(inputs, tmp_path / "other", *run, stop))
     assert codes == [1, 1], texts
     assert "rank 1 of 2 was told to stop (SIGTERM)" in texts[1] and "lost another rank" in texts[0]
 
 
-def test_ranks_that_were_not_given_the_same_are_refused(inputs: Path, tmp_path: Path) -> None:
+def test_ranks_that_were_not_given_the_same_are_refused(server: Server, inputs: Path, tmp_path: Path) -> None:
     other = "whole = main\nmain = lambda a: whole([*a, '--dtype', ('float32', 'bfloat16')[int(os.environ['RANK'])]])"
     text = job(inputs, tmp_path / "out", "llama", LLAMA, other).replace("'--dtype', 'float32', ", "")
-    codes, texts = ranks.run(2, tmp_path / "logs", text)
+    codes, texts = server.run(2, tmp_path / "logs", text)
     assert codes == [2, 2], texts
     assert all("rank 1 of 2 differs from the first: give all ranks the same --dtype" in text for text in texts)
     assert not partial_folder(tmp_path / "out").exists()
 
 
-def test_a_rank_that_does_not_answer_is_not_waited_for_forever(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_answer_is_not_waited_for_forever(server: Server, tmp_path: Path) -> None:
     code = """
 import time
 from datetime import timedelta
@@ -211,7 +221,7 @@ except RunError as error:
     assert "--resume" in str(error)
     raise SystemExit(1)
 """
-    codes, texts = ranks.run(2, tmp_path / "logs", code)
+    codes, texts = server.run(2, tmp_path / "logs", code)
     assert codes == [1, 1], texts
 
 
