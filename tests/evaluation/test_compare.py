@@ -50,17 +50,27 @@ class Pruning:
 
 
 @pytest.fixture
-def pruning(monkeypatch: pytest.MonkeyPatch) -> Pruning:
+def pruning(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Pruning:
+    """Prunes without processes, and leaves the plots out where a test does not ask to look at them."""
     here = Pruning()
     monkeypatch.setattr(module, "_prune", here)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(module, "write_plots", lambda comparison: [])
     return here
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by tests that look at the plots, which take longer than pruning a tiny model."""
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
 
 
-def test_equals_prune_and_perplexity_one_by_one(pruning: Pruning, tiny: Path, tmp_path: Path, text: str) -> None:
+def test_equals_prune_and_perplexity_one_by_one(
+    pruning: Pruning, drawn: None, tiny: Path, tmp_path: Path, text: str
+) -> None:
     out = tmp_path / "out"
     options = SHARED | {"calibration": text, "text": text}
     found = wanda.compare(tiny, out=out, methods=["magnitude", "wanda"], sparsity=0.6, pattern="2:4", **options)
@@ -141,17 +151,17 @@ def test_failed_cells_do_not_stop_the_others_and_are_tried_again(
 
 
 def test_seeds_are_summarised_and_cells_without_calibration_run_once(
-    pruning: Pruning, tiny: Path, tmp_path: Path, text: str
+    pruning: Pruning, drawn: None, tiny: Path, tmp_path: Path, text: str
 ) -> None:
     options = SHARED | {"samples": (2, 3), "calibration": text, "text": text}
-    found = wanda.compare(tiny, out=tmp_path / "out", methods=("magnitude", "wanda"), seeds=(0, 1, 2), **options)
-    expected = [f"wanda 50%, {samples} samples, seed {seed}" for samples in (2, 3) for seed in (0, 1, 2)]
+    found = wanda.compare(tiny, out=tmp_path / "out", methods=("magnitude", "wanda"), seeds=(0, 1), **options)
+    expected = [f"wanda 50%, {samples} samples, seed {seed}" for samples in (2, 3) for seed in (0, 1)]
     assert [row["name"] for row in found.rows] == ["dense", "magnitude 50%", *expected]
     rows = found.over_seeds()
-    assert [(row["name"], row["samples"], row["seeds"]) for row in rows] == [("wanda", 2, 3), ("wanda", 3, 3)]
-    values = [row["perplexity"] for row in found.rows if row["name"] in expected[:3]]
-    assert len(set(values)) == 3
-    assert rows[0]["mean"] == pytest.approx(sum(values) / 3) and rows[0]["most"] == max(values)
+    assert [(row["name"], row["samples"], row["seeds"]) for row in rows] == [("wanda", 2, 2), ("wanda", 3, 2)]
+    values = [row["perplexity"] for row in found.rows if row["name"] in expected[:2]]
+    assert len(set(values)) == 2
+    assert rows[0]["mean"] == pytest.approx(sum(values) / 2) and rows[0]["most"] == max(values)
     assert rows[0]["deviation"] == pytest.approx(statistics.stdev(values))
     assert f"| {rows[0]['mean']:.2f} | {rows[0]['deviation']:.2f} |" in (tmp_path / "out" / "results.md").read_text()
     assert (tmp_path / "out" / "perplexity-samples.png").exists()
@@ -185,9 +195,8 @@ def test_all_faults_of_all_cells_before_anything_is_written(pruning: Pruning, ti
     (tmp_path / "text.txt").write_text("a few words")
     options = {"text": str(tmp_path / "text.tx"), "calibration": "builtin", "windows": 0, "progress": False}
     with pytest.raises(ConfigurationError) as stop:
-        wanda.compare(
-            tiny, out=tmp_path / "out", methods=["owl", "best", "wnda"], scores=["ria"], pattern=["2:4", "5:7"], **options
-        )  # fmt: skip
+        methods = ["owl", "best", "wnda"]
+        wanda.compare(tiny, out=tmp_path / "out", methods=methods, scores="ria", pattern=["2:4", "5:7"], **options)
     faults = stop.value.faults
     for cell, part in (
         ("owl score=ria 2:4", "the allocation owl cannot vary the pattern 2:4"),
@@ -234,7 +243,7 @@ def test_folders_that_cannot_be_used(pruning: Pruning, tiny: Path, tmp_path: Pat
 
 
 def test_tables_without_matplotlib(
-    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    pruning: Pruning, drawn: None, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "matplotlib" else object())
     out = tmp_path / "out"
