@@ -7,6 +7,7 @@ ones to different blocks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,10 +77,12 @@ class Call:
 class _StandIn(nn.Module):
     """In place of a block: notes the arguments, hands the hidden states on; other attributes are the block's."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[Call, Tensor]], width: int, gain: float):
+    def __init__(
+        self, block: nn.Module, calls: list[tuple[Call, Tensor]], width: int, gain: float, given: Tensor | None
+    ):
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule
-        self._calls, self._width, self._gain = calls, width, gain
+        self._calls, self._width, self._gain, self._given = calls, width, gain, given
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -96,7 +99,7 @@ class _StandIn(nn.Module):
             hidden = args[position]
             args = args[:position] + args[position + 1 :]
         self._calls.append((Call(args, kwargs, position), hidden))
-        hidden = hidden * self._gain if self._gain != 1 else hidden
+        hidden = self._given if self._given is not None else hidden * self._gain if self._gain != 1 else hidden
         return (hidden, *[None] * (self._width - 1)) if self._width else hidden
 
 
@@ -130,6 +133,17 @@ def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recor
     return recording
 
 
+def replay(model: nn.Module, blocks: Blocks, ids: Tensor, hidden: Tensor) -> Any:
+    """The model's output for ids [batch, seqlen] when its last block gives `hidden` [batch, seqlen, width].
+
+    The blocks are not run; embedding, final norm and head are the model's own.
+    """
+    decoder = _decoder(model, blocks)
+    width = _tuple_width(model, decoder, blocks, ids[:1, :8])
+    with _stood_in(blocks, [], width, last=hidden):
+        return model(input_ids=ids, use_cache=False)
+
+
 def _decoder(model: nn.Module, blocks: Blocks) -> nn.Module:
     """The smallest model around the blocks that takes token ids: no head, whose logits are large."""
     candidates = [getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model]
@@ -139,20 +153,28 @@ def _decoder(model: nn.Module, blocks: Blocks) -> nn.Module:
     raise RunError(f"{type(model).__name__}: its blocks are not part of its decoder; it cannot be walked")
 
 
-def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int, gain: float = 1.0) -> list[tuple[Call, Tensor]]:
-    calls: list[tuple[Call, Tensor]] = []
+@contextlib.contextmanager
+def _stood_in(
+    blocks: Blocks, calls: list[tuple[Call, Tensor]], width: int, gain: float = 1.0, last: Tensor | None = None
+) -> Iterator[None]:
+    """Stand-ins in place of all blocks; the last one gives `last`, when there is one, instead of what it was given."""
     originals = list(blocks.modules)
     for index, block in enumerate(originals):
-        blocks.modules[index] = _StandIn(block, calls, width, gain)
+        final = last if index == len(originals) - 1 else None
+        blocks.modules[index] = _StandIn(block, calls, width, gain, final)
     try:
-        decoder(input_ids=ids, use_cache=False)
+        yield
     finally:
         for index, block in enumerate(originals):
             blocks.modules[index] = block
-    if len(calls) != len(originals):
-        raise RunError(
-            f"{type(decoder).__name__} called {len(calls)} of its {len(originals)} blocks; it cannot be walked"
-        )
+
+
+def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int, gain: float = 1.0) -> list[tuple[Call, Tensor]]:
+    calls: list[tuple[Call, Tensor]] = []
+    with _stood_in(blocks, calls, width, gain):
+        decoder(input_ids=ids, use_cache=False)
+    if len(calls) != len(blocks):
+        raise RunError(f"{type(decoder).__name__} called {len(calls)} of its {len(blocks)} blocks; it cannot be walked")
     return calls
 
 

@@ -113,3 +113,19 @@ def test_packed_models_are_measured_packed(
     assert code == 0 and found == pytest.approx(expected, rel=0.01)
     code, _, err = run(capsys, str(tmp_path / "packed"), "--dtype", "float32")
     assert code == 2 and "packed: it runs on the CPU in its own type" in err
+
+
+def test_streamed_perplexity_is_the_model_in_memorys(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, text: str
+) -> None:
+    other = tiny_llama(tmp_path / "other", seed=1)
+    options = ["--text", text, "--dtype", "float32", "--against", str(tiny), "--batch", "1", "--seqlen", "32", "--json"]
+    found = []
+    for stream in ([], ["--stream"]):
+        code, out, _ = run(capsys, str(other), *options, *stream)
+        assert code == 0
+        values = json.loads(out.splitlines()[-1])["results"][0]["perplexity"]
+        found.append((values["perplexity"], values["kl"], values["tokens"]))
+    assert found[0] == found[1]
+    code, _, err = run(capsys, str(other), "--stream", "--tasks", "boolq")
+    assert code == 2 and "--stream measures perplexity only" in err

@@ -50,6 +50,8 @@ class Options:
     """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    stream: Annotated[bool, Parameter(negative="")] = False
+    """Perplexity with one block in memory at a time, for models larger than memory."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a model."""
     json: bool = False
@@ -108,17 +110,23 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     text = options.text or (None if tasks else "builtin")
     trust = options.trust_remote_code
     dense = None
-    if options.against is not None:
+    if options.against is not None and not options.stream:
         dense = load(folders[options.against], options.dtype, options.device, trust)
     results = []
     for name in models:
         result = Result(name, folders[name])
         tokenizer = load_tokenizer(result.folder, trust)
-        model = load(result.folder, options.dtype, options.device, trust)
+        model: Any = None if options.stream else load(result.folder, options.dtype, options.device, trust)
         if text is not None:
             ids, label = text_windows(text, tokenizer, seqlen, options.windows)
             _log(f"{name}: perplexity on {label}, {len(ids)} windows of {seqlen} tokens")
-            result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
+            if options.stream:
+                batch = options.batch or 1
+                model = _streamed(result.folder, ids, batch, options)
+                dense = None if options.against is None else _streamed(folders[options.against], ids, batch, options)
+                result.perplexity = measure(model, ids, label, dense=dense, batch=batch)
+            else:
+                result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
             values = result.perplexity.as_dict() | {"against": options.against}
             record(result.folder, "perplexity", {f"{label}, {len(ids)} windows of {seqlen} tokens": values})
         if suite is not None:
@@ -132,10 +140,16 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     return results
 
 
+def _streamed(folder: Path, ids: Any, batch: int, options: Options) -> Any:
+    from wanda.evaluation.stream import Streamed
+
+    return Streamed(folder, list(ids.split(batch)), options.dtype, options.device, options.trust_remote_code)
+
+
 def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], int]:
     """The folder of every model named, and the tokens of a window; nothing heavy is loaded before this returns."""
     from wanda.calibration import check_source
-    from wanda.checkpoint.source import load_config, resolve
+    from wanda.checkpoint.source import check_folder, load_config, resolve
     from wanda.device import pick_device
     from wanda.evaluation.models import check
     from wanda.evaluation.perplexity import window_length
@@ -151,6 +165,8 @@ def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], in
         faults += _unused(options, ("against", "seqlen", "windows"), "without a text (--text)")
     if not options.tasks:
         faults += _unused(options, ("fewshot", "limit", "data", "include_path"), "without tasks (--tasks)")
+    if options.stream and options.tasks:
+        faults.append("--stream measures perplexity only; leave out --tasks, or --stream")
     try:
         pick_device(options.device)
     except ConfigurationError as error:
@@ -161,6 +177,8 @@ def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], in
             try:
                 folders[name] = resolve(name, options.trust_remote_code, packed=True)
                 check(folders[name], options.dtype, options.device)
+                if options.stream:
+                    check_folder(folders[name])
                 lengths.append(window_length(load_config(folders[name], options.trust_remote_code), options.seqlen))
             except ConfigurationError as error:
                 faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]

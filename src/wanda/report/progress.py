@@ -16,8 +16,8 @@ from wanda.report import peak_memory
 class Progress:
     """Progress over the blocks of a run, on standard error; `shown` False keeps silent."""
 
-    def __init__(self, blocks: int, shown: bool = True):
-        self.blocks, self.shown = blocks, shown
+    def __init__(self, blocks: int, shown: bool = True, doing: str = "pruning"):
+        self.blocks, self.shown, self.doing = blocks, shown, doing
         self.console = Console(file=sys.stderr)
         self.bar: Bar | None = None
         self.start = time.perf_counter()
@@ -34,7 +34,7 @@ class Progress:
                 console=self.console,
             )
             self.bar.start()
-            self.task = self.bar.add_task("pruning", total=self.blocks, detail="")
+            self.task = self.bar.add_task(self.doing, total=self.blocks, detail="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,13 +48,15 @@ class Progress:
         elif self.shown:
             self._log(f"measured block {index + 1}/{self.blocks} for the allocation")
 
-    def block(self, index: int, rows: list[dict[str, Any]]) -> None:
-        """Block `index` is finished; rows: its matrices' report rows."""
+    def block(self, index: int, rows: list[dict[str, Any]] | None = None) -> None:
+        """Block `index` is finished; rows: its matrices' report rows, where it was pruned."""
         if not self.shown:
             return
-        weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-        parts = [f"{sum(row['removed'] for row in rows) / weights:.1%} sparse"] if weights else ["left dense"]
-        errors = [row for row in rows if row["relative_error"] is not None]
+        parts = []
+        if rows is not None:
+            weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+            parts.append(f"{sum(row['removed'] for row in rows) / weights:.1%} sparse" if weights else "left dense")
+        errors = [row for row in rows or () if row["relative_error"] is not None]
         if errors:
             mean = sum(row["relative_error"] for row in errors) / len(errors)
             parts.append(f"error {mean:.3f} ({errors[0]['error']})")
