@@ -61,7 +61,7 @@ def prune(
     """
     ranks = ranks or Ranks()
     recipe = recipe or make_recipe(options)
-    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite=overwrite, resume=resume))
+    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world))
     ranks.connect(plan.skeleton.device)
     _same_plan(plan, ranks)
     if dry_run:

@@ -34,7 +34,8 @@ class Plan:
     """A run that can start: all faults are out.
 
     recipe: resolved. matrices: to be pruned, a list a block. dense: parameters left dense, name to reason.
-    batch: sequences a micro-batch. activation_folder: where activations go when memory is short, else None.
+    batch: sequences a micro-batch. world: processes that share the run.
+    activation_folder: where activations go when memory is short, else None.
     memory: estimated peak bytes. notes: decisions the user should see.
     """
 
@@ -51,6 +52,13 @@ class Plan:
     activation_folder: Path | None = None
     memory: int = 0
     notes: list[str] = field(default_factory=list)
+    world: int = 1
+
+    @property
+    def share(self) -> int:
+        """Calibration tokens of the process that has most: whole micro-batches."""
+        batches = -(-self.recipe.samples // self.batch)
+        return min(self.recipe.samples, -(-batches // self.world) * self.batch) * self.seqlen
 
     def calibration_tokens(self) -> tuple[Tensor | None, list[str]]:
         """Token ids [samples, seqlen] and notes on them; None when the method needs no calibration."""
@@ -100,7 +108,7 @@ class Plan:
         recipe = self.recipe
         composition = Composition(recipe.score, recipe.update or "none")
         passes = (1.2 if recipe.propagate == "layer" else 2.0) + (1 if recipe.inherit else 0)
-        tokens = recipe.samples * self.seqlen
+        tokens = self.share
         work = 2.0 * self.weights() * tokens * passes
         if composition.needs == Needs.GRAM:
             work += sum(2.0 * tokens * m.width**2 + 30.0 * m.out * m.width**2 for block in self.matrices for m in block)
@@ -142,9 +150,12 @@ def pattern_of(recipe: Recipe, sparsity: Fraction) -> Pattern:
     return Unstructured(sparsity, group_named(recipe.group))
 
 
-def make_plan(model: str | Path, out: Path, recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Plan:
+def make_plan(
+    model: str | Path, out: Path, recipe: Recipe, overwrite: bool = False, resume: bool = False, world: int = 1
+) -> Plan:
     """Check everything and lay the run out; loads no weights, writes nothing.
 
+    world: number of processes that share the run, each with its part of the samples.
     Raises ConfigurationError with all faults that were found.
     """
     faults = recipe.faults()
@@ -189,6 +200,7 @@ def make_plan(model: str | Path, out: Path, recipe: Recipe, overwrite: bool = Fa
         recipe.batch or max(1, _TOKENS // seqlen),
         calibrated,
         notes=notes,
+        world=world,
     )
     _fit(plan)
     return plan
@@ -302,7 +314,7 @@ def _estimate(plan: Plan) -> int:
     largest, working = 0, 0
     itemsize = skeleton.dtype.itemsize
     config = skeleton.model.config.get_text_config()
-    tokens = recipe.samples * plan.seqlen
+    tokens = plan.share
     at_once = plan.batch * plan.seqlen if recipe.propagate == "block" else tokens
     for index in range(len(skeleton.blocks)):
         keys = skeleton.block_keys(index)
