@@ -225,7 +225,7 @@ class Ranks:
         except RuntimeError as error:
             self._alone = True
             raise RunError(
-                f"{self} lost another rank, which was killed or cannot be reached ({str(error).splitlines()[0]}); "
+                f"{self} lost another rank, which was killed or cannot be reached ({str(error).partition('. ')[0]}); "
                 "what is finished is kept: start all ranks again with --resume"
             ) from error
 
