@@ -96,7 +96,9 @@ def test_equals_prune_and_perplexity_one_by_one(
     assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in rows.values()]
     table = (out / "results.md").read_text()
     assert all(f"{row['perplexity']:.2f}" in table for row in rows.values()) and "text.txt" in table
-    assert str(tmp_path) not in table + (out / "results.json").read_text()  # results name no folder of the machine
+    for folder in (tmp_path, Path(text).parent, tiny.parent):  # results name no folder of the machine
+        assert str(folder) not in table + (out / "results.json").read_text()
+    assert "calibration text.txt is not used: magnitude needs none" in table
     for name in ("sparsity", "seconds"):
         assert (out / f"perplexity-{name}.png").read_bytes().startswith(b"\x89PNG")
 

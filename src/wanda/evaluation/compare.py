@@ -363,6 +363,7 @@ def _cell(
     if cell.recipe is None:
         return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting, now))
     from wanda.checkpoint.writer import partial_folder
+    from wanda.sources import name_of
 
     folder = models / cell.folder
     if not (folder / "wanda.json").is_file():  # one that was stopped while it was measured leaves its model
@@ -384,7 +385,7 @@ def _cell(
         seconds=totals["seconds"],
         peak_memory_bytes=totals["peak_memory_bytes"],
         relative_error=sum(errors) / len(errors) if errors else None,
-        notes=_notes(report),
+        notes=[note.replace(cell.recipe.calibration, name_of(cell.recipe.calibration)) for note in _notes(report)],
     )
 
 
