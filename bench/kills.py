@@ -119,16 +119,14 @@ def measure(folder: Path, propagate: str, config: dict[str, Any]) -> dict[str, A
         after = draw.uniform(0, whole)
         process = runs.start(out)
         process.join(timeout=after)
-        if process.exitcode is not None:  # it was faster than the undisturbed run: nothing left to kill
+        process.kill()
+        process.join()
+        if process.exitcode and process.exitcode > 0:
+            sys.exit(f"a run ended with exit code {process.exitcode}; its message is above")
+        if out.exists():  # it was faster than the undisturbed run: nothing is left to resume
             ended += 1
-            if process.exitcode:
-                sys.exit(f"a run ended with exit code {process.exitcode}; its message is above")
         else:
-            process.kill()
-            process.join()
-            row = {"after_seconds": round(after, 3), **state(out), "finished": out.exists()}
-            if not out.exists():
-                row["resumed_seconds"] = round(runs.finish(out), 3)
+            row = {"after_seconds": round(after, 3), **state(out), "resumed_seconds": round(runs.finish(out), 3)}
             row["identical"] = digests(out) == expected and not partial_folder(out).exists()
             rows.append(row)
             print(f"{propagate} {len(rows)}/{config['kills']}: {json.dumps(row)}", flush=True)
@@ -139,7 +137,7 @@ def measure(folder: Path, propagate: str, config: dict[str, Any]) -> dict[str, A
         "undisturbed_seconds": round(whole, 3),
         "moments_drawn_again": ended,
         "identical": sum(row["identical"] for row in rows),
-        "blocks_done_when_killed": spread([row["blocks"] for row in rows if not row["finished"]] or [0]),
+        "blocks_done_when_killed": spread([row["blocks"] for row in rows]),
         "killed_in_a_write": sum(row["in_a_write"] for row in rows),
         "kills": rows,
     }

@@ -98,7 +98,9 @@ def draw(file: Path, axes: dict[str, Any]) -> None:
         panel.errorbar(x, middle, yerr=[below, above], fmt="o", capsize=3)
         ends = [0, max(x)]
         panel.plot(ends, [line["intercept"] + line["slope"] * end for end in ends], "--")
-        panel.set(xlabel=labels[axis], ylabel="seconds", ylim=(0, None), title=f"R² = {line['r_squared']:.4f}")
+        top = 1.1 * max(row["max"] for row in rows)
+        panel.set(xlabel=labels[axis], ylabel="seconds", ylim=(0, top), title=f"R² = {line['r_squared']:.4f}")
+        panel.ticklabel_format(axis="x", scilimits=(0, 4))
         panel.grid(alpha=0.25)
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
