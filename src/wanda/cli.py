@@ -14,7 +14,7 @@ app = App(
     help="Makes pretrained models smaller and faster without retraining.",
     version_flags=["--version"],
 )
-_COMMANDS = {
+COMMANDS = {
     "demo": "Prune a small real model and show what that does to it.",
     "prune": "Prune a model without retraining.",
     "compare": "Prune in every way of a grid and measure each.",
@@ -28,7 +28,7 @@ _COMMANDS = {
     "inspect": "Show the sparsity of every layer, N:M patterns and sizes.",
     "methods": "List the methods, scores, updates and allocations.",
 }
-for _name, _help in _COMMANDS.items():
+for _name, _help in COMMANDS.items():
     app.command(f"wanda.commands.{_name}:{_name}_command", name=_name, help=_help)
 
 

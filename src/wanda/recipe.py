@@ -95,6 +95,8 @@ class Recipe:
             filled["propagate"] = "layer"
         if self.pattern is None and self.sparsity is None:
             filled["sparsity"] = 0.5
+        if self.pattern is not None:
+            filled["group"] = None  # the M inputs compete
         return dataclasses.replace(self, **filled)
 
     def faults(self, text: bool = True) -> list[str]:

@@ -1,0 +1,60 @@
+"""Recipes: filled in from methods, stable once filled in, written down and read back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wanda.errors import ConfigurationError
+from wanda.methods import METHODS
+from wanda.recipe import Recipe, parse_bytes
+
+
+@pytest.mark.parametrize(("method", "pattern"), itertools.product(METHODS.names(), [None, "2:4"]))
+def test_a_resolved_recipe_resolves_to_itself_and_survives_json(method: str, pattern: str | None) -> None:
+    if method == "owl" and pattern:
+        with pytest.raises(ConfigurationError, match="cannot vary the pattern"):
+            Recipe(method=method, pattern=pattern).resolved(text=False)
+        return
+    recipe = Recipe(method=method, pattern=pattern).resolved(text=False)
+    assert recipe.faults(text=False) == [] and recipe.resolved(text=False) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_named_axes_go_before_the_methods() -> None:
+    recipe = Recipe(method="sparsegpt", score="wanda", group="row").resolved(text=False)
+    assert (recipe.score, recipe.group, recipe.update) == ("wanda", "row", METHODS.get("sparsegpt").update)
+    assert Recipe(method="wanda", update="admm-iterative").resolved(text=False).score is None
+
+
+def test_the_last_match_of_sparsity_of_counts() -> None:
+    recipe = Recipe(sparsity_of=("*.q_proj=0.1", "model.layers.3.*=0.9"))
+    assert recipe.sparsity_for("model.layers.3.self_attn.q_proj") == Fraction(9, 10)
+    assert recipe.sparsity_for("model.layers.2.self_attn.q_proj") == Fraction(1, 10)
+    assert recipe.sparsity_for("model.layers.2.self_attn.k_proj") is None
+
+
+def test_files_without_a_recipe_are_refused(tmp_path: Path) -> None:
+    for text in ("{}", "no json", '{"recipe": {"colour": "red"}}'):
+        (tmp_path / "wanda.json").write_text(text)
+        with pytest.raises(ConfigurationError, match="recipe"):
+            Recipe.from_file(tmp_path / "wanda.json")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Recipe.from_file(tmp_path / "missing.json")
+
+
+@given(st.integers(1, 10**6), st.sampled_from([("", 1), ("kB", 10**3), (" MiB", 2**20), ("gb", 10**9), ("G", 10**9)]))
+def test_sizes(number: int, unit: tuple[str, int]) -> None:
+    assert parse_bytes(f"{number}{unit[0]}") == number * unit[1]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "four"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_bytes(text)
