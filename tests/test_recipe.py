@@ -16,7 +16,7 @@ from wanda.methods import METHODS
 from wanda.recipe import Recipe, parse_bytes
 
 
-@pytest.mark.parametrize(("method", "pattern"), itertools.product(METHODS.names(), [None, "2:4"]))
+@pytest.mark.parametrize(("method", "pattern"), list(itertools.product(METHODS.names(), [None, "2:4"])))
 def test_a_resolved_recipe_resolves_to_itself_and_survives_json(method: str, pattern: str | None) -> None:
     if method == "owl" and pattern:
         with pytest.raises(ConfigurationError, match="cannot vary the pattern"):
