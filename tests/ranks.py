@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-PATIENCE = 100.0  # seconds until all ranks are killed
+PATIENCE = 300.0  # seconds until all ranks are killed
 
 
 class Server:
