@@ -56,6 +56,8 @@ static void run_rows(void *context, int64_t first, int64_t last) {
 
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool) {
     const matrix *m = &p->m;
+    if (level == LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->columns > FEW_COLUMNS)
+        return matrix_product_tiled(p, threads, pool);
     rows_work work = {.job = {.p = p, .words = (m->width + 63) / 64, .stored = (int)p->columns}};
     int lane = 1, as_float = 1;
     work.kernel = portable_rows;

@@ -9,6 +9,7 @@
 enum { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVELS };
 enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
+       FEW_COLUMNS = 8,   /* from there on the tiled product is faster, where there is one */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 
 /* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
@@ -33,7 +34,8 @@ typedef struct {
 
 int best_level(void); /* of this processor and operating system */
 
-/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns. */
+/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number where there is a tiled product. A dense matrix
+   only there. */
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool);
 
 /* Writes rows [first, last) as dense [last - first, width] elements. */

@@ -1,6 +1,4 @@
-/* AVX-512. Without BF16 and VBMI2: 16 float32 lanes, VPEXPANDD. With them: 32 bfloat16 lanes, VPEXPANDW, VDPBF16PS.
-
-   Values are loaded whole and expanded in registers: expanding from memory is microcoded on some processors. */
+/* AVX-512. Without BF16 and VBMI2: 16 float32 lanes, VPEXPANDD. With them: 32 bfloat16 lanes, VPEXPANDW, VDPBF16PS. */
 #include "packed_rows.h"
 
 #ifdef WANDA_X86
@@ -63,6 +61,7 @@ TARGET void avx512_expand(const matrix *m, int64_t row, void *out) {
 }
 
 TARGET_BF16 INLINE __m512i expand32(uint32_t lanes, const uint16_t *values) {
+    __asm__("" : "+r"(lanes)); /* or the compiler shifts mask registers, which is slower than filling two */
     return _mm512_maskz_expand_epi16(lanes, _mm512_loadu_si512(values));
 }
 
@@ -77,7 +76,7 @@ TARGET_BF16 INLINE void bf16_rows(const rows_job *job, int64_t first, int64_t la
         const uint64_t *mask = m->mask + row * job->words;
         const uint16_t *x = job->x;
         const uint16_t *values = (const uint16_t *)m->values + m->offsets[row];
-        __m512 sums[16], odd = _mm512_setzero_ps();
+        __m512 sums[FEW_COLUMNS], odd = _mm512_setzero_ps();
         for (int c = 0; c < columns; c++) sums[c] = _mm512_setzero_ps();
         for (int64_t word = 0; word < job->words; word++, x += 64 * columns) {
             const uint64_t bits = mask[word];
@@ -94,7 +93,7 @@ TARGET_BF16 INLINE void bf16_rows(const rows_job *job, int64_t first, int64_t la
             }
         }
         sums[0] = _mm512_add_ps(sums[0], odd);
-        float out[16] = {0};
+        float out[FEW_COLUMNS] = {0};
         for (int c = 0; c < columns; c++) out[c] = _mm512_reduce_add_ps(sums[c]);
         store_row(job, row, out);
     }
@@ -108,7 +107,7 @@ TARGET_BF16 INLINE void dense_rows(const rows_job *job, int64_t first, int64_t l
     for (int64_t row = first; row < last; row++) {
         const uint16_t *x = job->x;
         const uint16_t *values = (const uint16_t *)m->values + row * m->width;
-        __m512 sums[16], odd = _mm512_setzero_ps();
+        __m512 sums[FEW_COLUMNS], odd = _mm512_setzero_ps();
         for (int c = 0; c < columns; c++) sums[c] = _mm512_setzero_ps();
         int64_t piece = 0;
         if (columns == 1) {
@@ -129,7 +128,7 @@ TARGET_BF16 INLINE void dense_rows(const rows_job *job, int64_t first, int64_t l
             for (int c = 0; c < columns; c++) sums[c] = dot(sums[c], w, x + 32 * c);
         }
         sums[0] = _mm512_add_ps(sums[0], odd);
-        float out[16] = {0};
+        float out[FEW_COLUMNS] = {0};
         for (int c = 0; c < columns; c++) out[c] = _mm512_reduce_add_ps(sums[c]);
         store_row(job, row, out);
     }
@@ -137,9 +136,9 @@ TARGET_BF16 INLINE void dense_rows(const rows_job *job, int64_t first, int64_t l
 
 TARGET_BF16 void avx512_bf16_rows(const rows_job *job, int64_t first, int64_t last) {
     if (job->p->m.mask) {
-        FOR_COLUMNS(bf16_rows, KIND_BF16)
+        FOR_FEW_COLUMNS(bf16_rows, KIND_BF16)
     } else {
-        FOR_COLUMNS(dense_rows, KIND_BF16)
+        FOR_FEW_COLUMNS(dense_rows, KIND_BF16)
     }
 }
 

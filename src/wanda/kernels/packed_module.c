@@ -49,10 +49,7 @@ static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t
                        .bias = (const void *)(intptr_t)a[14]};
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    if (p.columns <= MOST_COLUMNS)
-        failed = matrix_product(&p, (int)a[6], (int)a[7], POOL(a[8]));
-    else
-        failed = matrix_product_tiled(&p, (int)a[7], POOL(a[8]));
+    failed = matrix_product(&p, (int)a[6], (int)a[7], POOL(a[8]));
     Py_END_ALLOW_THREADS;
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;

@@ -59,7 +59,7 @@ INLINE void store_row(const rows_job *job, int64_t row, const float *sums) {
 }
 
 /* Calls body(job, first, last, kind, columns) with both as constants, so that it is compiled for each. */
-#define FOR_COLUMNS(body, kind)                                    \
+#define FOR_FEW_COLUMNS(body, kind)                                \
     switch (job->columns) {                                        \
         case 1: body(job, first, last, kind, 1); break;            \
         case 2: body(job, first, last, kind, 2); break;            \
@@ -67,8 +67,12 @@ INLINE void store_row(const rows_job *job, int64_t row, const float *sums) {
         case 4: body(job, first, last, kind, 4); break;            \
         case 6: body(job, first, last, kind, 6); break;            \
         case 8: body(job, first, last, kind, 8); break;            \
+    }
+#define FOR_COLUMNS(body, kind)                                    \
+    switch (job->columns) {                                        \
         case 12: body(job, first, last, kind, 12); break;          \
-        default: body(job, first, last, kind, 16); break;          \
+        case 16: body(job, first, last, kind, 16); break;          \
+        default: FOR_FEW_COLUMNS(body, kind)                       \
     }
 #define FOR_KINDS_AND_COLUMNS(body)                                \
     switch (job->p->m.kind) {                                      \

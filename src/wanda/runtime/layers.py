@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from wanda.kernels.packed import COLUMNS, PackedMatrix, dense_multiply
 
-DENSE_COLUMNS = 4  # up to here our dense kernel is faster than torch's for bfloat16 (docs/runtime.md has the figures)
+DENSE_COLUMNS = 4  # tokens up to which our dense kernel was not slower than torch's at any size (docs/runtime.md)
 
 
 class PackedLinear(nn.Module):

@@ -1,0 +1,283 @@
+"""Decoding, prefill, loading and size of packed models against dense bfloat16 ones, beside a roofline.
+
+    python bench/decode_speed.py --out bench/results/decode_speed.json
+
+Everything is measured in alternating runs on the machine at hand. The linear layers are also timed alone, against torch
+and against a dense kernel of ours that is written like the packed one, so that the gain is sparsity and not torch's
+weakness. The roofline: bytes each format must read, over the read bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wanda.checkpoint.packed import pack
+from wanda.checkpoint.source import weight_files
+from wanda.checkpoint.tensors import read_header, write_file
+from wanda.kernels.native import LEVELS, level
+from wanda.kernels.packed import dense_multiply
+from wanda.runtime.layers import PackedLinear
+from wanda.runtime.loading import load
+from wanda.runtime.measure import (
+    Spread,
+    alternate,
+    decode_seconds,
+    folder_bytes,
+    fresh,
+    prefill_seconds,
+    ratios,
+    read_bandwidth,
+)
+
+LARGE = 8_000_000  # weights from which a layer is called large
+
+
+def prune(weight: Tensor, sparsity: float) -> Tensor:
+    """Magnitude per row: the floor(width * sparsity) smallest of each row go."""
+    gone = weight.abs().float().topk(int(weight.shape[1] * sparsity), dim=1, largest=False).indices
+    return weight.scatter(1, gone, 0.0)
+
+
+def make_llama(folder: Path, config: dict[str, Any], sparsity: float) -> None:
+    """A checkpoint whose blocks all hold the same random block: files and memory are as large as they would be."""
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(**config)
+    settings.dtype, settings.architectures = torch.bfloat16, ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(settings)
+    once: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        common = ".".join(part for part in parts if not part.isdigit())
+        if common not in once:
+            if parameter.ndim == 1:
+                once[common] = torch.ones(parameter.shape, dtype=torch.bfloat16)
+            else:
+                weight = (torch.randn(parameter.shape) * 0.02).bfloat16()
+                once[common] = prune(weight, sparsity) if "layers" in parts else weight
+        tensors[name] = once[common]
+    folder.mkdir(parents=True)
+    write_file(folder / "model.safetensors", tensors, {"format": "pt"})
+    settings.save_pretrained(folder)
+
+
+def make_demo(folder: Path, sparsity: float) -> None:
+    """The demo's model, pruned."""
+    from wanda.demo import model_folder
+
+    source = model_folder()
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith((".safetensors", ".index.json")):
+            shutil.copyfile(file, folder / file.name)
+    tensors = {}
+    for file in weight_files(source):
+        for key, entry in read_header(file)[0].items():
+            weight = entry.read()
+            tensors[key] = prune(weight, sparsity) if weight.ndim == 2 and "layers" in key else weight
+    write_file(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int, bandwidth: float) -> dict[str, Any]:
+    """One token through every packed linear layer, kernels alone, all of them and the large ones."""
+    groups: dict[str, list[tuple[Tensor, PackedLinear, Tensor]]] = {"all": [], "large": []}
+    for name, layer in packed.named_modules():
+        if isinstance(layer, PackedLinear):
+            weight = dense.get_submodule(name).weight.detach()
+            entry = (weight, layer, torch.randn(1, layer.in_features, dtype=weight.dtype))
+            groups["all"].append(entry)
+            if weight.numel() >= LARGE:
+                groups["large"].append(entry)
+    found: dict[str, Any] = {}
+    for group, entries in groups.items():
+        if not entries:
+            continue
+
+        def timed(run: Callable[[Tensor, PackedLinear, Tensor], object], entries: Any = entries) -> float:
+            start = time.perf_counter()
+            with torch.no_grad():
+                for weight, layer, x in entries:
+                    run(weight, layer, x)
+            return time.perf_counter() - start
+
+        taken = alternate(
+            {
+                "torch": partial(timed, lambda weight, layer, x: functional.linear(x, weight)),
+                "dense_kernel": partial(timed, lambda weight, layer, x: dense_multiply(weight, x)),
+                "packed_kernel": partial(timed, lambda weight, layer, x: layer.matrix.multiply(x)),
+            },
+            rounds,
+        )
+        read = {
+            "dense": sum(weight.nbytes for weight, _, _ in entries),
+            "packed": sum(layer.matrix.nbytes for _, layer, _ in entries),
+        }
+        found[group] = {
+            "layers": len(entries),
+            "seconds": {name: asdict(Spread.of(seconds)) for name, seconds in taken.items()},
+            "times_torch": asdict(ratios(taken["torch"], taken["packed_kernel"])),
+            "times_dense_kernel": asdict(ratios(taken["dense_kernel"], taken["packed_kernel"])),
+            "bytes": read,
+            "share_of_bandwidth": {
+                "dense_kernel": read["dense"] / Spread.of(taken["dense_kernel"]).median / bandwidth,
+                "packed_kernel": read["packed"] / Spread.of(taken["packed_kernel"]).median / bandwidth,
+            },
+        }
+    return found
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure_loading(dense: Path, packed: Path, times: int) -> dict[str, Any]:
+    """Seconds until every byte of the weights was read, in new processes, alternating; and resident bytes."""
+    found: dict[str, Any] = {}
+    for cache in ("warm", "cold"):
+        runs: dict[str, list[Any]] = {"dense": [], "packed": []}
+        for _ in range(times + 1):
+            for name, folder in (("dense", dense), ("packed", packed)):
+                if cache == "cold":
+                    forget(folder)
+                runs[name].append(fresh(folder, packed=name == "packed"))
+        found[cache] = {
+            name: {
+                "load_returned": asdict(Spread.of([run.opened for run in values[1:]])),
+                "all_bytes_read": asdict(Spread.of([run.ready for run in values[1:]])),
+            }
+            for name, values in runs.items()
+        }
+        found["resident_bytes"] = {name: values[-1].resident for name, values in runs.items()}
+    return found
+
+
+def measure_model(dense_folder: Path, config: dict[str, Any], bandwidth: float) -> dict[str, Any]:
+    packed_folder = dense_folder.with_name(dense_folder.name + "-packed")
+    start = time.perf_counter()
+    summary = pack(str(dense_folder), packed_folder)
+    result: dict[str, Any] = {
+        "pack_seconds": time.perf_counter() - start,
+        "packed_tensors_ratio": summary.packed_bytes / summary.dense_bytes,
+        "folder_ratio": folder_bytes(packed_folder) / folder_bytes(dense_folder),
+    }
+    log("loading")
+    result["loading"] = measure_loading(dense_folder, packed_folder, config["loads"])
+    dense = transformers.AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.bfloat16).eval()
+    for parameter in dense.parameters():
+        parameter.data = parameter.data.clone()  # in memory of its own, as after any training or conversion
+    models = {"dense": dense, "packed": load(packed_folder)}
+    actions = {
+        "decode": lambda model: decode_seconds(model, config["prompt"], config["decode_tokens"]),
+        "prefill": lambda model: prefill_seconds(model, config["prefill"]),
+    }
+    for what, run in actions.items():
+        log(what)
+        taken = alternate({name: partial(run, model) for name, model in models.items()}, config["rounds"])
+        result[what] = {
+            **{name: asdict(Spread.of(seconds)) for name, seconds in taken.items()},
+            "ratio": asdict(ratios(taken["dense"], taken["packed"])),
+        }
+    log("linear layers alone")
+    result["linear_layers"] = measure_layers(dense, models["packed"], config["layer_rounds"], bandwidth)
+    del dense, models
+    gc.collect()
+    log(f"compressing; decode {result['decode']['ratio']}, prefill {result['prefill']['ratio']}")
+    small = dense_folder.with_name(dense_folder.name + "-small")
+    compressed = pack(str(dense_folder), small, compress=True)
+    result["compressed_packed_tensors_ratio"] = (
+        compressed.folder_after - (compressed.folder_before - compressed.dense_bytes)
+    ) / compressed.dense_bytes
+    result["compressed_folder_ratio"] = folder_bytes(small) / folder_bytes(dense_folder)
+    for folder in (dense_folder, packed_folder, small):
+        shutil.rmtree(folder)
+    return result
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".toml"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=("llama", "demo"))
+    parser.add_argument("--sparsity", type=float, help="this one only")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are made; the system's temporary folder")
+    arguments = parser.parse_args()
+    config = tomllib.loads(arguments.config.read_text())
+    transformers.utils.logging.disable_progress_bar()
+    bandwidth = read_bandwidth()
+    result: dict[str, Any] = {
+        "config": config,
+        "machine": {
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "kernels": LEVELS[level()],
+            "read_bandwidth_bytes_per_second": bandwidth,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "load_average_before": os.getloadavg(),
+        "models": {},
+    }
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        for kind in ("llama", "demo"):
+            if arguments.only not in (None, kind):
+                continue
+            for sparsity in config[kind]["sparsities"]:
+                if arguments.sparsity not in (None, sparsity):
+                    continue
+                log(f"{kind} at {sparsity}")
+                folder = Path(temporary) / f"{kind}-{sparsity}"
+                if kind == "llama":
+                    make_llama(folder, config["llama"]["config"], sparsity)
+                else:
+                    make_demo(folder, sparsity)
+                result["models"][folder.name] = measure_model(folder, config, bandwidth)
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        json.dumps(
+            {
+                name: {what: model[what]["ratio"] for what in ("decode", "prefill")}
+                for name, model in result["models"].items()
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
