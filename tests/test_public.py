@@ -22,7 +22,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_exported_names() -> None:
     assert sorted(wanda.__all__) == sorted(
-        ["Recipe", "WandaError", "__version__", "compare", "load", "perplexity", "prune", "prune_model"]
+        ["Recipe", "WandaError", "__version__", "calibration", "compare", "load", "perplexity", "prune", "prune_model"]
     )
     for name in wanda.__all__:
         assert getattr(wanda, name) is not None

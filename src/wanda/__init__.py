@@ -18,12 +18,15 @@ _PUBLIC = {
     "prune_model": "wanda.pipeline",
     "WandaError": "wanda.errors",
 }
-__all__ = [*_PUBLIC, "__version__"]
+_MODULES = ("calibration",)  # wanda.calibration.token_ids(...)
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"wanda.{name}")
     raise AttributeError(f"module 'wanda' has no attribute {name!r}")
 
 
