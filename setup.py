@@ -16,7 +16,7 @@ setup(
             depends=sorted(str(file) for file in KERNELS.glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030b0000")],  # one binary for Python 3.11 and all later ones
             py_limited_api=True,
-            extra_compile_args=["-O3", "-std=c11", "-D_GNU_SOURCE", "-pthread"],
+            extra_compile_args=["-O3", "-g0", "-std=c11", "-D_GNU_SOURCE", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # without a compiler the package works too, on torch
         )

@@ -80,7 +80,7 @@ TARGET_BF16 INLINE void bf16_rows(const rows_job *job, int64_t first, int64_t la
         for (int c = 0; c < columns; c++) sums[c] = _mm512_setzero_ps();
         for (int64_t word = 0; word < job->words; word++, x += 64 * columns) {
             const uint64_t bits = mask[word];
-            _mm_prefetch((const char *)values + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *)values + 2048, _MM_HINT_T0);
             const __m512i low = expand32((uint32_t)bits, values);
             const __m512i high = expand32((uint32_t)(bits >> 32), values + __builtin_popcount((uint32_t)bits));
             values += __builtin_popcountll(bits);
