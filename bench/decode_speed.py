@@ -49,6 +49,7 @@ from wanda.runtime.measure import (
 )
 
 LARGE = 8_000_000  # weights from which a layer is called large
+READ = 1 << 29  # bytes read to measure the bandwidth
 
 
 def prune(weight: Tensor, sparsity: float) -> Tensor:
@@ -98,8 +99,11 @@ def make_demo(folder: Path, sparsity: float) -> None:
     write_file(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int, bandwidth: float) -> dict[str, Any]:
-    """One token through every packed linear layer, kernels alone, all of them and the large ones."""
+def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int) -> dict[str, Any]:
+    """One token through every packed linear layer, kernels alone, all of them and the large ones.
+
+    Plain reading of memory takes its turn in the same rounds; the share of its bandwidth is the roofline's.
+    """
     groups: dict[str, list[tuple[Tensor, PackedLinear, Tensor]]] = {"all": [], "large": []}
     for name, layer in packed.named_modules():
         if isinstance(layer, PackedLinear):
@@ -125,9 +129,11 @@ def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int, bandwidth: 
                 "torch": partial(timed, lambda weight, layer, x: functional.linear(x, weight)),
                 "dense_kernel": partial(timed, lambda weight, layer, x: dense_multiply(weight, x)),
                 "packed_kernel": partial(timed, lambda weight, layer, x: layer.matrix.multiply(x)),
+                "read": lambda: READ / read_bandwidth(READ, 1),
             },
             rounds,
         )
+        bandwidth = READ / Spread.of(taken.pop("read")).median
         read = {
             "dense": sum(weight.nbytes for weight, _, _ in entries),
             "packed": sum(layer.matrix.nbytes for _, layer, _ in entries),
@@ -138,6 +144,7 @@ def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int, bandwidth: 
             "times_torch": asdict(ratios(taken["torch"], taken["packed_kernel"])),
             "times_dense_kernel": asdict(ratios(taken["dense_kernel"], taken["packed_kernel"])),
             "bytes": read,
+            "read_bandwidth_bytes_per_second": bandwidth,
             "share_of_bandwidth": {
                 "dense_kernel": read["dense"] / Spread.of(taken["dense_kernel"]).median / bandwidth,
                 "packed_kernel": read["packed"] / Spread.of(taken["packed_kernel"]).median / bandwidth,
@@ -176,7 +183,7 @@ def measure_loading(dense: Path, packed: Path, times: int) -> dict[str, Any]:
     return found
 
 
-def measure_model(dense_folder: Path, config: dict[str, Any], bandwidth: float) -> dict[str, Any]:
+def measure_model(dense_folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     packed_folder = dense_folder.with_name(dense_folder.name + "-packed")
     start = time.perf_counter()
     summary = pack(str(dense_folder), packed_folder)
@@ -203,7 +210,7 @@ def measure_model(dense_folder: Path, config: dict[str, Any], bandwidth: float) 
             "ratio": asdict(ratios(taken["dense"], taken["packed"])),
         }
     log("linear layers alone")
-    result["linear_layers"] = measure_layers(dense, models["packed"], config["layer_rounds"], bandwidth)
+    result["linear_layers"] = measure_layers(dense, models["packed"], config["layer_rounds"])
     del dense, models
     gc.collect()
     log(f"compressing; decode {result['decode']['ratio']}, prefill {result['prefill']['ratio']}")
@@ -239,14 +246,12 @@ def main() -> None:
     arguments = parser.parse_args()
     config = tomllib.loads(arguments.config.read_text())
     transformers.utils.logging.disable_progress_bar()
-    bandwidth = read_bandwidth()
     result: dict[str, Any] = {
         "config": config,
         "machine": {
             "processor": processor(),
             "threads": torch.get_num_threads(),
             "kernels": LEVELS[level()],
-            "read_bandwidth_bytes_per_second": bandwidth,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -266,7 +271,7 @@ def main() -> None:
                     make_llama(folder, config["llama"]["config"], sparsity)
                 else:
                     make_demo(folder, sparsity)
-                result["models"][folder.name] = measure_model(folder, config, bandwidth)
+                result["models"][folder.name] = measure_model(folder, config)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(

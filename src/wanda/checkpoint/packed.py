@@ -184,6 +184,16 @@ def open_packed(folder: Path) -> PackedCheckpoint:
     Raises ConfigurationError for a folder that is not packed, or by a later version; RunError, naming the tensor, for
     one that is damaged.
     """
+    with opening(folder) as checkpoint:
+        return checkpoint
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[PackedCheckpoint]:
+    """`open_packed` that verifies in the background while the body runs, and is through when the body is left.
+
+    The body must not compute with the matrices. Raises what `open_packed` raises, on entering or on leaving.
+    """
     manifest = _read_manifest(folder)
     entries: dict[str, Entry] = {}
     for name in manifest["files"]:
@@ -194,20 +204,51 @@ def open_packed(folder: Path) -> PackedCheckpoint:
             raise RunError(f"{folder / name} does not belong to this packed folder; copy or download it again")
         entries.update(found)
     bytes_of = _map(entries)
-    _verify_checksums(folder, bytes_of, manifest["checksums"])
-    tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
-    descriptions = manifest["matrices"]
+    descriptions, checksums, compressed = manifest["matrices"], manifest["checksums"], manifest["compressed"]
+    for key in bytes_of.keys() ^ checksums.keys():
+        what = "has a checksum but is in none of the files" if key in checksums else "is not listed"
+        raise RunError(f"{folder}: {key} {what}; copy or download the folder again")
+
+    def verify_bytes(key: str) -> None:
+        if xxhash.xxh3_64_hexdigest(bytes_of[key]) != checksums[key]:
+            raise RunError(f"{folder}: {key} is damaged: its checksum differs; copy or download it again")
+
+    def verify_structure(key: str) -> None:
+        with _naming(folder, key):
+            _check(matrices[key], descriptions[key]["survivors"])
 
     def take(key: str) -> PackedMatrix:
-        try:
-            return _matrix(key, descriptions[key], tensors, manifest["compressed"])
-        except MemoryError as error:
-            raise RunError(f"{folder}: {key} needs more memory than there is") from error
-        except _DamagedError as error:
-            raise RunError(f"{folder}: {key} is damaged: {error}; copy or download it again") from error
+        with _naming(folder, key):
+            return _matrix(key, descriptions[key], tensors, compressed)
 
-    matrices = _in_threads(take, descriptions)
-    return PackedCheckpoint(folder, matrices, tensors)
+    def verify_all_bytes() -> None:
+        _in_threads(verify_bytes, sorted(bytes_of, key=lambda key: -len(bytes_of[key])))
+
+    if compressed:  # what is decompressed has to be sound before
+        verify_all_bytes()
+    tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
+    matrices = _in_threads(take, descriptions) if compressed else {key: take(key) for key in descriptions}
+
+    def verify() -> None:
+        if not compressed:
+            verify_all_bytes()
+        _in_threads(verify_structure, matrices)
+
+    with ThreadPoolExecutor(1) as background:
+        verified = background.submit(verify)
+        yield PackedCheckpoint(folder, matrices, tensors)
+        verified.result()
+
+
+@contextmanager
+def _naming(folder: Path, key: str) -> Iterator[None]:
+    """Turn what is wrong with one matrix into an error that names it."""
+    try:
+        yield
+    except MemoryError as error:
+        raise RunError(f"{folder}: {key} needs more memory than there is") from error
+    except _DamagedError as error:
+        raise RunError(f"{folder}: {key} is damaged: {error}; copy or download it again") from error
 
 
 class _DamagedError(Exception):
@@ -385,19 +426,6 @@ def _map(entries: Mapping[str, Entry]) -> dict[str, memoryview]:
     return bytes_of
 
 
-def _verify_checksums(folder: Path, bytes_of: Mapping[str, memoryview], wanted: Mapping[str, Any]) -> None:
-    """Compare all checksums, on as many threads as torch uses: XXH3 runs at the speed of memory and holds no lock."""
-    for key in bytes_of.keys() ^ wanted.keys():
-        what = "has a checksum but is in none of the files" if key in wanted else "is not listed"
-        raise RunError(f"{folder}: {key} {what}; copy or download the folder again")
-
-    def verify(key: str) -> None:
-        if xxhash.xxh3_64_hexdigest(bytes_of[key]) != wanted[key]:
-            raise RunError(f"{folder}: {key} is damaged: its checksum differs; copy or download it again")
-
-    _in_threads(verify, sorted(bytes_of, key=lambda key: -len(bytes_of[key])))
-
-
 def _in_threads(work: Callable[[str], T], keys: Iterable[str]) -> dict[str, T]:
     """The results of work by key, in the keys' order; as many threads as torch uses take one key after another."""
     keys = list(keys)
@@ -422,7 +450,7 @@ def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: bool) -> PackedMatrix:
-    """Take one matrix's parts out of `tensors`; raises _DamagedError when they do not fit together."""
+    """Take one matrix's parts out of `tensors`; raises _DamagedError when their types or sizes are wrong."""
     try:
         dtype = DTYPES[description["dtype"]]
         out, width = description["shape"]
@@ -446,8 +474,10 @@ def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: 
         part = parts[name]
         if part.dtype != kind or part.shape != (lengths[name],) or part.data_ptr() % kind.itemsize:
             raise _DamagedError(f"its {name} are {tuple(part.shape)} of {part.dtype}, not ({lengths[name]},) of {kind}")
-    matrix = PackedMatrix(out, width, parts["mask"], parts["offsets"], parts["values"])
+    return PackedMatrix(out, width, parts["mask"], parts["offsets"], parts["values"])
+
+
+def _check(matrix: PackedMatrix, survivors: int) -> None:
     fault = matrix.fault()
     if fault is not None or matrix.survivors != survivors:
         raise _DamagedError(fault or f"it has {matrix.survivors} values, not {survivors}")
-    return matrix

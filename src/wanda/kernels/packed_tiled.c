@@ -175,7 +175,7 @@ TARGET static void run_tasks(void *context, int64_t first, int64_t last) {
         int64_t at[ROWS];
         for (int64_t r = 0; r < rows; r++) at[r] = p->m.mask ? p->m.offsets[row + r] : (row + r) * p->m.width;
         memset(sums, 0, (size_t)(ROWS * sums_step) * 4);
-        memset(w, 0, ROWS * STRIDE * 2);
+        if (rows < ROWS) memset(w, 0, ROWS * STRIDE * 2);
         for (int64_t start = 0; start < work->padded; start += DEPTH) {
             const int64_t depth = work->padded - start < DEPTH ? work->padded - start : DEPTH;
             for (int64_t r = 0; r < rows; r++) fetch(&p->m, row + r, words, start, depth, &at[r], w + r * STRIDE);

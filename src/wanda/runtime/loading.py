@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
+from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed, opening
 from wanda.checkpoint.source import load_config, load_model, resolve
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import native
@@ -42,9 +42,13 @@ def load(path: str | os.PathLike[str], backend: Literal["cpu", "semi_structured"
         require_cuda()
         model = _all_dense(folder) if is_packed(folder) else load_model(resolve(path), device="cpu")
         return convert(model)
-    checkpoint = open_packed(folder)
-    model = _from_checkpoint(checkpoint, set() if native() is not None else set(checkpoint.matrices))
-    if native() is not None and tiled(torch.bfloat16):
+    if native() is None:
+        return _all_dense(folder)
+    with opening(folder) as checkpoint:  # verified while transformers builds the model
+        store, state = _placeholders(checkpoint, set())
+        model = _build(checkpoint, state)
+    model = _finish(model, checkpoint, store, set())
+    if tiled(torch.bfloat16):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
                 model.set_submodule(name, FastLinear.of(module))
@@ -59,9 +63,12 @@ def _all_dense(folder: Path) -> Any:
 def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str]) -> Any:
     """The model, in which the matrices named in `dense` are ordinary parameters."""
     store, state = _placeholders(checkpoint, dense)
-    model = _build(checkpoint, state)
-    seen = _put_in_place(model, checkpoint, store)
-    fused = store.keys() - seen
+    return _finish(_build(checkpoint, state), checkpoint, store, dense)
+
+
+def _finish(model: Any, checkpoint: PackedCheckpoint, store: dict[str, Tensor], dense: set[str]) -> Any:
+    """Put packed layers where placeholders are; what cannot be packed in memory becomes dense."""
+    fused = store.keys() - _put_in_place(model, checkpoint, store)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
         _say(f"{len(fused)} packed matrices are fused in memory ({min(fused)}, ...), so they run dense")
