@@ -69,6 +69,11 @@ def test_python_examples_run(place: str, code: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     if "METHODS.register" in code:
         pytest.skip("registered by tests/methods in a file of its own")
+    if '"PACKED"' in code:
+        from wanda.checkpoint.packed import pack
+
+        wanda.prune("MODEL", out="SPARSE", method="magnitude", progress=False)
+        pack(Path("SPARSE"), Path("PACKED"))
     exec(compile(code, place, "exec"), {"__name__": "example"})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wanda.checkpoint.tensors import bytes_of
 from wanda.errors import RunError
 
 
@@ -41,7 +42,7 @@ class Activations:
             return self._kept[index]
         shape, dtype = self._like[index]
         tensor = torch.empty(shape, dtype=dtype)
-        view = _bytes(tensor)
+        view = bytes_of(tensor)
         if os.preadv(self._file.fileno(), [view], self._offsets[index]) != tensor.nbytes:
             raise RunError("the file of activations is cut short; is its disk full?")
         return tensor
@@ -52,7 +53,7 @@ class Activations:
         if self._file is None:
             self._kept[index] = tensor.cpu()
             return
-        view, done = _bytes(tensor.cpu().contiguous()), 0
+        view, done = bytes_of(tensor.cpu().contiguous()), 0
         try:
             while done < tensor.nbytes:
                 done += os.pwritev(self._file.fileno(), [view[done:]], self._offsets[index] + done)
@@ -78,7 +79,3 @@ class Activations:
             for index in range(len(self)):
                 twin[index] = self[index]
         return twin
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

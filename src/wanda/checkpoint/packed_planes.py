@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from wanda.errors import MissingExtraError
 
 _LEVEL = 9
-_WORDS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_WORDS: dict[int, Any] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def require_zstd() -> ModuleType:

@@ -55,7 +55,7 @@ class Entry:
         """The tensor, in memory of its own; raises RunError when the file cannot be read to its end."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if self.nbytes:
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            view = bytes_of(tensor)
             try:
                 descriptor = os.open(self.file, os.O_RDONLY)
                 try:
@@ -154,6 +154,11 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapp
     return size
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, in its own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -175,4 +180,4 @@ def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview | bytes]:
                 left -= len(piece)
                 yield piece
     elif tensor.nbytes:
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield bytes_of(tensor.detach().cpu().contiguous())
