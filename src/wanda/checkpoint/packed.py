@@ -184,16 +184,6 @@ def open_packed(folder: Path) -> PackedCheckpoint:
     Raises ConfigurationError for a folder that is not packed, or by a later version; RunError, naming the tensor, for
     one that is damaged.
     """
-    with opening(folder) as checkpoint:
-        return checkpoint
-
-
-@contextmanager
-def opening(folder: Path) -> Iterator[PackedCheckpoint]:
-    """`open_packed` that verifies in the background while the body runs, and is through when the body is left.
-
-    The body must not compute with the matrices. Raises what `open_packed` raises, on entering or on leaving.
-    """
     manifest = _read_manifest(folder)
     entries: dict[str, Entry] = {}
     for name in manifest["files"]:
@@ -209,35 +199,34 @@ def opening(folder: Path) -> Iterator[PackedCheckpoint]:
         what = "has a checksum but is in none of the files" if key in checksums else "is not listed"
         raise RunError(f"{folder}: {key} {what}; copy or download the folder again")
 
+    tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
+    parts = {key: [f"{key}.{name}" for name in _STORED[compressed]] for key in descriptions}
+    alone = tensors.keys() - {part for names in parts.values() for part in names}
+
+    for key in alone & descriptions.keys():
+        raise RunError(f"{folder}: {key} is there twice, packed and dense; copy or download the folder again")
+
     def verify_bytes(key: str) -> None:
         if xxhash.xxh3_64_hexdigest(bytes_of[key]) != checksums[key]:
             raise RunError(f"{folder}: {key} is damaged: its checksum differs; copy or download it again")
 
-    def verify_structure(key: str) -> None:
+    def take(key: str) -> PackedMatrix | None:
+        """Bytes and structure of a matrix in one go, while its mask is in cache; a tensor of its own has only bytes."""
+        if key in alone:
+            verify_bytes(key)
+            return None
         with _naming(folder, key):
-            _check(matrices[key], descriptions[key]["survivors"])
-
-    def take(key: str) -> PackedMatrix:
-        with _naming(folder, key):
+            for part in parts[key]:
+                if part in bytes_of:
+                    verify_bytes(part)
             return _matrix(key, descriptions[key], tensors, compressed)
 
-    def verify_all_bytes() -> None:
-        _in_threads(verify_bytes, sorted(bytes_of, key=lambda key: -len(bytes_of[key])))
-
-    if compressed:  # what is decompressed has to be sound before
-        verify_all_bytes()
-    tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
-    matrices = _in_threads(take, descriptions) if compressed else {key: take(key) for key in descriptions}
-
-    def verify() -> None:
-        if not compressed:
-            verify_all_bytes()
-        _in_threads(verify_structure, matrices)
-
-    with ThreadPoolExecutor(1) as background:
-        verified = background.submit(verify)
-        yield PackedCheckpoint(folder, matrices, tensors)
-        verified.result()
+    taken = _in_threads(take, [*alone, *descriptions])
+    return PackedCheckpoint(
+        folder,
+        {key: matrix for key in descriptions if (matrix := taken[key]) is not None},
+        {key: tensors[key] for key in entries if key in alone},
+    )
 
 
 @contextmanager
@@ -427,9 +416,11 @@ def _map(entries: Mapping[str, Entry]) -> dict[str, memoryview]:
 
 
 def _in_threads(work: Callable[[str], T], keys: Iterable[str]) -> dict[str, T]:
-    """The results of work by key, in the keys' order; as many threads as torch uses take one key after another."""
-    keys = list(keys)
-    left = iter(keys)
+    """The results of work by key; as many threads as torch uses take one key after another.
+
+    Checksums and structure are checked at the speed of memory, and without Python's lock.
+    """
+    left = iter(list(keys))
     results: dict[str, T] = {}
 
     def run(_: int) -> None:
@@ -440,7 +431,7 @@ def _in_threads(work: Callable[[str], T], keys: Iterable[str]) -> dict[str, T]:
     with ThreadPoolExecutor(count) as threads:
         for _ in threads.map(run, range(count)):
             pass
-    return {key: results[key] for key in keys}
+    return results
 
 
 def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -450,7 +441,7 @@ def _view(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: bool) -> PackedMatrix:
-    """Take one matrix's parts out of `tensors`; raises _DamagedError when their types or sizes are wrong."""
+    """Take one matrix's parts out of `tensors`; raises _DamagedError when they do not fit together."""
     try:
         dtype = DTYPES[description["dtype"]]
         out, width = description["shape"]
@@ -474,10 +465,8 @@ def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: 
         part = parts[name]
         if part.dtype != kind or part.shape != (lengths[name],) or part.data_ptr() % kind.itemsize:
             raise _DamagedError(f"its {name} are {tuple(part.shape)} of {part.dtype}, not ({lengths[name]},) of {kind}")
-    return PackedMatrix(out, width, parts["mask"], parts["offsets"], parts["values"])
-
-
-def _check(matrix: PackedMatrix, survivors: int) -> None:
+    matrix = PackedMatrix(out, width, parts["mask"], parts["offsets"], parts["values"])
     fault = matrix.fault()
     if fault is not None or matrix.survivors != survivors:
         raise _DamagedError(fault or f"it has {matrix.survivors} values, not {survivors}")
+    return matrix

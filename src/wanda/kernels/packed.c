@@ -122,6 +122,7 @@ void expand_rows(const matrix *m, int64_t first, int64_t last, void *out, int le
 typedef struct {
     const matrix *m;
     int64_t capacity;
+    int64_t (*count)(const uint64_t *, int64_t);
     _Atomic int64_t bad;
 } check_work;
 
@@ -132,8 +133,7 @@ static void run_check(void *context, int64_t first, int64_t last) {
     const uint64_t beyond = m->width % 64 ? ~0ull << m->width % 64 : 0;
     for (int64_t row = first; row < last; row++) {
         const uint64_t *mask = m->mask + row * words;
-        int64_t survivors = 0;
-        for (int64_t word = 0; word < words; word++) survivors += __builtin_popcountll(mask[word]);
+        const int64_t survivors = work->count(mask, words);
         const int64_t start = m->offsets[row], end = m->offsets[row + 1];
         if (end - start != survivors || end + SLACK > work->capacity || (words && mask[words - 1] & beyond)) {
             int64_t before = work->bad;
@@ -146,7 +146,10 @@ static void run_check(void *context, int64_t first, int64_t last) {
 }
 
 int64_t first_bad_row(const matrix *m, int64_t capacity, int threads, gomp_parallel pool) {
-    check_work work = {.m = m, .capacity = capacity, .bad = -1};
+    check_work work = {.m = m, .capacity = capacity, .count = portable_count, .bad = -1};
+#ifdef WANDA_X86
+    if (best_level() >= LEVEL_AVX2) work.count = avx2_count; /* the instruction, which plain x86-64 lacks */
+#endif
     if (m->offsets[0] != 0 || capacity < SLACK) return 0;
     parallel_for(run_check, &work, m->rows, rows_per_chunk(m->rows, m->width / 8, threads), threads, pool);
     return work.bad;

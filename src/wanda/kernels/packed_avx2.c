@@ -48,6 +48,12 @@ TARGET INLINE void rows(const rows_job *job, int64_t first, int64_t last, const 
     }
 }
 
+TARGET int64_t avx2_count(const uint64_t *mask, int64_t words) {
+    int64_t count = 0;
+    for (int64_t word = 0; word < words; word++) count += __builtin_popcountll(mask[word]);
+    return count;
+}
+
 TARGET void avx2_rows(const rows_job *job, int64_t first, int64_t last) { FOR_KINDS_AND_COLUMNS(rows) }
 #else
 typedef int wanda_no_avx2; /* an empty file is no C */

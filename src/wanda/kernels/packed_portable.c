@@ -20,6 +20,12 @@ void portable_rows(const rows_job *job, int64_t first, int64_t last) {
     }
 }
 
+int64_t portable_count(const uint64_t *mask, int64_t words) {
+    int64_t count = 0;
+    for (int64_t word = 0; word < words; word++) count += __builtin_popcountll(mask[word]);
+    return count;
+}
+
 void portable_expand(const matrix *m, int64_t row, void *out) {
     const int64_t words = (m->width + 63) / 64;
     const uint64_t *mask = m->mask + row * words;

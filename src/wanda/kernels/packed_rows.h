@@ -26,9 +26,11 @@ typedef void (*rows_kernel)(const rows_job *job, int64_t first, int64_t last);
 
 void portable_rows(const rows_job *job, int64_t first, int64_t last);
 void portable_expand(const matrix *m, int64_t row, void *out);
+int64_t portable_count(const uint64_t *mask, int64_t words);
 
 #ifdef WANDA_X86
 void avx2_rows(const rows_job *job, int64_t first, int64_t last);
+int64_t avx2_count(const uint64_t *mask, int64_t words);
 void avx512_rows(const rows_job *job, int64_t first, int64_t last);
 void avx512_expand(const matrix *m, int64_t row, void *out);
 void avx512_bf16_rows(const rows_job *job, int64_t first, int64_t last);

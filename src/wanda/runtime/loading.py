@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed, opening
+from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
 from wanda.checkpoint.source import load_config, load_model, resolve
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import native
@@ -44,10 +44,7 @@ def load(path: str | os.PathLike[str], backend: Literal["cpu", "semi_structured"
         return convert(model)
     if native() is None:
         return _all_dense(folder)
-    with opening(folder) as checkpoint:  # verified while transformers builds the model
-        store, state = _placeholders(checkpoint, set())
-        model = _build(checkpoint, state)
-    model = _finish(model, checkpoint, store, set())
+    model = _from_checkpoint(open_packed(folder), set())
     if tiled(torch.bfloat16):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
@@ -63,11 +60,7 @@ def _all_dense(folder: Path) -> Any:
 def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str]) -> Any:
     """The model, in which the matrices named in `dense` are ordinary parameters."""
     store, state = _placeholders(checkpoint, dense)
-    return _finish(_build(checkpoint, state), checkpoint, store, dense)
-
-
-def _finish(model: Any, checkpoint: PackedCheckpoint, store: dict[str, Tensor], dense: set[str]) -> Any:
-    """Put packed layers where placeholders are; what cannot be packed in memory becomes dense."""
+    model = _build(checkpoint, state)
     fused = store.keys() - _put_in_place(model, checkpoint, store)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
