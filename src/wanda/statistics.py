@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKENS = 1024  # a chunk of inputs that is still in the cache when its product is taken
-PANEL = 128  # columns of one panel of the Gram matrix's upper triangle
+from wanda.kernels.products import PANEL, add_product
 
 
 class Needs(enum.IntEnum):
@@ -91,12 +90,12 @@ class Statistics:
         if self.inherit != (dense_inputs is not None):
             raise ValueError("the dense model's inputs belong to inherited errors, and only to them")
         self._mirrored = False
-        for chunk in x.split(TOKENS):
-            add_gram(self._gram, chunk.float())
+        add_product(self._gram, x, x, upper=True)
         if self.lag is not None and dense_inputs is not None:
             dense = dense_inputs.detach().reshape(-1, self.width)
-            for chunk, dense_chunk in zip(x.split(TOKENS), dense.split(TOKENS), strict=True):
-                add_lag(self.lag, chunk, dense_chunk)
+            if x.dtype != torch.bfloat16:  # whose rounding of the difference (0.4% of it) a right-hand side can bear
+                dense = dense.float()
+            add_product(self.lag, dense - x, x)
 
     def input_norm(self) -> Tensor:
         """L2 norm of every input feature over the calibration tokens: [in]."""
@@ -118,27 +117,3 @@ def square_sum(x: Tensor) -> Tensor:
     for part in x.split(1024):
         total += part.to(torch.float32, copy=True).square_().sum(dim=0)
     return total
-
-
-def add_gram(gram: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle of gram [in, in], in panels of its rows; x: [tokens, in] float32.
-
-    Half the work of the whole product (BLAS calls it syrk, which torch does not offer).
-    """
-    width = gram.shape[0]
-    panel = PANEL if gram.device.type == "cpu" else width  # accelerators want one large product
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-
-
-def add_lag(lag: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Add (dense - x)^T x to lag [in, in]; x, dense: [tokens, in].
-
-    bfloat16 inputs are multiplied as they are, at more than twice the speed: each chunk's product is rounded
-    (0.2% at most), which the right-hand side can bear, unlike the Gram matrix that must stay positive definite.
-    """
-    if x.dtype == dense.dtype == torch.bfloat16:
-        lag += (dense - x).T @ x
-    else:
-        lag.addmm_((dense.float() - x.float()).T, x.float())

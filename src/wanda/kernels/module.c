@@ -2,9 +2,12 @@
    beside this file check shapes and types. A further concern adds a NAME_methods table to its own file and a line here. */
 #include <Python.h>
 
-extern PyMethodDef packed_methods[];
+extern PyMethodDef gram_methods[], packed_methods[];
 
-static int add_methods(PyObject *module) { return PyModule_AddFunctions(module, packed_methods); }
+static int add_methods(PyObject *module) {
+    if (PyModule_AddFunctions(module, gram_methods)) return -1;
+    return PyModule_AddFunctions(module, packed_methods);
+}
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_methods}, {0, NULL}};
 

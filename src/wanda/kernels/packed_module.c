@@ -1,23 +1,7 @@
 /* Python's view of packed.h. */
-#include <Python.h>
-
+#include "arguments.h"
 #include "bandwidth.h"
 #include "packed.h"
-
-enum { MOST_ARGUMENTS = 20 };
-
-/* Reads `count` integers; 0 after an exception. */
-static int integers(PyObject *const *arguments, Py_ssize_t given, int count, int64_t *out) {
-    if (given != count) {
-        PyErr_Format(PyExc_TypeError, "expected %d integers, got %zd", count, given);
-        return 0;
-    }
-    for (int i = 0; i < count; i++) {
-        out[i] = PyLong_AsLongLong(arguments[i]);
-        if (out[i] == -1 && PyErr_Occurred()) return 0;
-    }
-    return 1;
-}
 
 static matrix matrix_of(const int64_t *a) {
     return (matrix){.kind = (int)a[0],
@@ -27,8 +11,6 @@ static matrix matrix_of(const int64_t *a) {
                     .offsets = (const uint32_t *)(intptr_t)a[4],
                     .values = (const void *)(intptr_t)a[5]};
 }
-
-#define POOL(address) ((gomp_parallel)(intptr_t)(address))
 
 static PyObject *level_of_machine(PyObject *self, PyObject *none) {
     (void)self, (void)none;
