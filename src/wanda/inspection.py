@@ -77,6 +77,8 @@ def inspect(folder: Path, patterns: list[NM] | None = None, trust_remote_code: b
         zeros += sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors.values())
         for matrix in matrices:
             survives = matrix.view(tensors[matrix.parameter]) != 0
+            if matrix.router and bool(survives.all()):
+                continue
             found.append(
                 MatrixInspection(
                     matrix.name,

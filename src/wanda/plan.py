@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from wanda.errors import ConfigurationError
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.statistics import Needs
-from wanda.weights import Matrix, find_matrices
+from wanda.weights import UNTOLD, Matrix, find_matrices
 
 _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _CONTEXT = 2048  # tokens of a sequence unless said otherwise
@@ -230,13 +231,31 @@ def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]],
     dense: dict[str, str] = {}
     faults: list[str] = []
     names: list[str] = []
+    untold: list[str] = []
     for index, block in enumerate(blocks.modules):
         found, left = find_matrices(block, blocks.prefix(index))
-        names += [matrix.name for matrix in found]
-        wanted = [matrix for matrix in found if recipe.wants(matrix.name)]
-        left |= {matrix.name: "by --include or --exclude" for matrix in found if not recipe.wants(matrix.name)}
-        matrices.append(wanted)
+        names += [matrix.name for matrix in found] + [name for name, reason in left.items() if reason == UNTOLD]
+        matrices.append(found)
+        untold += [name for name, reason in left.items() if reason == UNTOLD and recipe.wants(name)]
         dense |= left
+    ordinary = [matrix.name for block in matrices for matrix in block if not matrix.router]
+    routing = [glob for glob in recipe.include if not any(fnmatchcase(name, glob) for name in ordinary)]
+    for index, found in enumerate(matrices):
+        matrices[index] = []
+        for matrix in found:
+            named = any(fnmatchcase(matrix.name, glob) for glob in routing)
+            if recipe.wants(matrix.name) and (named or not matrix.router):
+                matrices[index].append(matrix)
+            elif matrix.router:
+                dense[matrix.name] = "a router; a glob of --include that names routers alone prunes it"
+            else:
+                dense[matrix.name] = "by --include or --exclude"
+    if untold:
+        kinds = sorted({_kind(name) for name in untold})
+        faults.append(
+            f"{', '.join(kinds)}: {UNTOLD} ([out, in] or [in, out]), so that they cannot be pruned; "
+            f"leave them dense with {' '.join(f'--exclude {glob!r}' for glob in kinds)}"
+        )
     for option, globs in (("include", recipe.include), ("exclude", recipe.exclude)):
         for glob in globs:
             if not any(dataclasses.replace(recipe, include=(glob,), exclude=()).wants(name) for name in names):
