@@ -23,7 +23,7 @@ from wanda.errors import ConfigurationError
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.statistics import Needs
-from wanda.weights import UNTOLD, Matrix, find_matrices
+from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 
 _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _CONTEXT = 2048  # tokens of a sequence unless said otherwise
@@ -256,6 +256,18 @@ def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]],
             f"{', '.join(kinds)}: {UNTOLD} ([out, in] or [in, out]), so that they cannot be pruned; "
             f"leave them dense with {' '.join(f'--exclude {glob!r}' for glob in kinds)}"
         )
+    if recipe.experts == "all":
+        fused = {
+            m.parameter.rpartition(".")[0]: type(model.get_submodule(m.parameter.rpartition(".")[0]))
+            for block in matrices
+            for m in block
+            if m.expert is not None and not takes_routes(model.get_submodule(m.parameter.rpartition(".")[0]))
+        }
+        if fused:
+            faults.append(
+                f"--experts all: {', '.join(sorted({kind.__name__ for kind in fused.values()}))} is not told where its "
+                "tokens go, so that not every token can be sent to every expert; use --experts routed"
+            )
     for option, globs in (("include", recipe.include), ("exclude", recipe.exclude)):
         for glob in globs:
             if not any(dataclasses.replace(recipe, include=(glob,), exclude=()).wants(name) for name in names):

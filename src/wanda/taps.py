@@ -32,6 +32,15 @@ _X_TIMES_W = {  # the arguments (input, weight) of a product input @ weight
 }
 
 
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)  # those of torch.nn.functional are the same
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    """A number for every dimension, or the numbers of all dimensions."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * count if len(values) == 1 else values
+
+
 class Taps(TorchFunctionMode):
     """While active, calls `on_product(hits, compute)` in place of every product with one of the matrices.
 
@@ -61,6 +70,8 @@ class Taps(TorchFunctionMode):
         hits: list[Hit] = []
         if func is nn.functional.linear:
             hits = self._match(args[0], args[1] if len(args) > 1 else kwargs["weight"], contracted=-1)
+        elif func in _CONVOLUTIONS and len(args) > 1:
+            hits = self._match_convolution(*args, **kwargs)
         elif func in _X_TIMES_W:
             first, second = _X_TIMES_W[func]
             if len(args) > second:
@@ -80,11 +91,28 @@ class Taps(TorchFunctionMode):
         if fused is not None and weight.shape[0] == len(fused):
             for matrix, view in fused:
                 self._check(matrix, view, weight, contracted)
-            return [(matrix, x[index]) for index, (matrix, _) in enumerate(fused)]
+            # rows of zeros stand for tokens that went to other experts
+            return [(matrix, x[index][x[index].any(dim=-1)]) for index, (matrix, _) in enumerate(fused)]
         found = self._single.get(pointer)
         if found is None or weight.ndim != 2:
             return []
         self._check(*found, weight, contracted)
+        return [(found[0], x)]
+
+    def _match_convolution(
+        self, x: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, *_: Any, **__: Any
+    ) -> list[Hit]:
+        """A 1x1 convolution is a product at every place that its stride meets."""
+        found = self._single.get(weight.data_ptr()) if isinstance(weight, Tensor) and weight.ndim > 2 else None
+        if found is None:
+            return []
+        count = weight.ndim - 2  # dimensions of the map
+        steps, sides = _each(stride, count), _each(0 if isinstance(padding, str) else padding, count)
+        if any(sides):
+            x = nn.functional.pad(x, [side for side in reversed(sides) for _ in range(2)])
+        x = x.movedim(-count - 1, -1)  # [batch, ..., in]
+        if set(steps) != {1}:
+            x = x[(..., *(slice(None, None, step) for step in steps), slice(None))]
         return [(found[0], x)]
 
     @staticmethod

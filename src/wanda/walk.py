@@ -3,13 +3,16 @@
 Two ways (docs/design.md): `block` passes twice, once dense for the statistics and once pruned for the next block;
 `layer` passes once: every micro-batch runs in a greenlet of its own that waits before each matrix until all
 micro-batches have brought their input, the matrix is pruned, and the product runs with the pruned weights.
+
+A Gram matrix for every expert of a block may be more than memory holds: `layer` makes each when its inputs are all
+there, and gives it back before the next; `block` passes once for every group of experts that fits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +29,13 @@ from wanda.taps import Hit, Taps
 from wanda.weights import Matrix
 
 Job = tuple[Matrix, Statistics | None, Sequence[int]]  # a matrix, its statistics, the ranks that hold those
+Brought = tuple[Matrix, Tensor, Tensor | None]  # a matrix, its input, the dense model's input there
 Solve = Callable[[Sequence[Job]], None]  # prunes matrices in place once their statistics are complete
+
+
+def expert_memory(matrix: Matrix, needs: Needs) -> int:
+    """Bytes of an expert's Gram matrix and the factor made of it; 0 for other matrices, and without Gram matrices."""
+    return 2 * Statistics.memory(matrix.width, needs) if matrix.expert is not None and needs >= Needs.GRAM else 0
 
 
 class _Enough(Exception):
@@ -44,6 +53,7 @@ class Walk:
     dense: hidden states of the dense model, kept beside when inherited errors are to be repaired; else None.
     needs: what the statistics must hold.
     all_experts: show every token to every expert first, for the statistics alone.
+    experts_memory: bytes that the Gram matrices of experts, with their factors, may take at once; None: any number.
     ranks: the processes that the micro-batches are split over; statistics are added up before they are used.
     """
 
@@ -57,6 +67,7 @@ class Walk:
     device: torch.device | str = "cpu"
     all_experts: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    experts_memory: int | None = None
     late: dict[str, int] = field(default_factory=dict)  # tokens that came after their matrix was pruned
 
     def __post_init__(self) -> None:
@@ -67,22 +78,28 @@ class Walk:
         self._inputs: dict[str, Statistics] = {}  # matrix -> its input's
         self._current = 0  # the micro-batch that runs, where it has no greenlet of its own
         self._showing: set[tuple[int, bool]] = set()  # who is showing all tokens to all experts
+        self._wanted: Collection[str] = self._matrix  # the matrices that are gathered now
 
     def forward(self) -> None:
         """Move the hidden states through the block as it is."""
         for index, call in enumerate(self.calls):
             self.hidden[index] = call.run(self.block, self.hidden[index].to(self.device))
 
-    def gather(self) -> list[Matrix]:
+    def gather(self, wanted: Collection[str] | None = None, again: bool = False) -> list[Matrix]:
         """Gather the statistics of all matrices in a dense pass; returns those matrices whose input was seen, in order.
 
         The dense stream, when there is one, moves on; the hidden states stay. Without one, passes after the first
         stop at the input of the last matrix.
+        wanted: only these. again: the block was passed before, and the dense stream moved on.
         """
         order: list[str] = []
+        ran: dict[str, None] = {}  # experts modules, in the order in which they ran
+        self._wanted = self._matrix if wanted is None else wanted
 
         def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
             for matrix, x in hits:
+                if matrix.expert is not None:
+                    ran.setdefault(_home(matrix))
                 if self._counts(matrix):
                     if current == 0:
                         order.append(matrix.name)
@@ -96,20 +113,24 @@ class Walk:
         beside: dict[str, Tensor] = {}
         for current, call in enumerate(self.calls):
             self._current = current
-            if self.dense is not None:
+            if self.dense is not None and not again:
                 beside = self._dense_inputs(current)
             hidden = self.hidden[current].to(self.device)
             try:
                 with taps, self._all_experts():
-                    if current == 0:
+                    if current == 0 and not again:
                         refuse_changed_arguments(call, self.block, hidden, self.prefix.rstrip("."))
                     else:
                         call.run(self.block, hidden)
             except _Enough:
                 pass
         self._last.clear()
+        self._wanted = self._matrix
+        homes = dict.fromkeys(_home(matrix) for matrix in self._matrix.values() if matrix.expert is not None)
+        if wanted is not None and list(ran) != [home for home in homes if home in ran]:
+            raise RunError(f"{' and '.join(ran)} run in another order than they stand in; use --propagate layer")
         self.ranks.reduce(self._inputs, self._empty)
-        return [matrix for matrix in self._in_order() if matrix.name in self._inputs]
+        return [matrix for matrix in self._matrix.values() if matrix.name in self._inputs]
 
     @property
     def statistics(self) -> dict[str, Statistics]:
@@ -117,18 +138,34 @@ class Walk:
         return dict(self._inputs)
 
     def prune_by_block(self, solve: Solve) -> None:
-        """Gather, prune all matrices, pass again with the pruned weights."""
+        """Gather, prune all matrices, pass again with the pruned weights.
+
+        Experts in several groups (`experts_memory`) take a dense pass each, the last expert first: no product depends
+        on a matrix that comes after it. The statistics of all other matrices, gathered in the first, wait till the end.
+        """
         everyone = range(self.ranks.world)
-        solve([(matrix, self._inputs[matrix.name], everyone) for matrix in self.gather()])
+        experts = [matrix for matrix in self._matrix.values() if matrix.expert is not None]
+        first, *groups = self._groups(experts[::-1])
+        later = {name for group in groups for name in group}
+        found = self.gather(self._matrix.keys() - later if later else None)
+        for group in [first, *groups] if later else []:
+            if group is not first:
+                self.gather(group, again=True)
+            solve([(m, self._inputs.pop(m.name), everyone) for m in experts if m.name in group & self._inputs.keys()])
+        solve([(matrix, self._inputs[matrix.name], everyone) for matrix in found if matrix.name in self._inputs])
         self._inputs.clear()
         self.forward()
 
     def prune_by_layer(self, solve: Solve) -> None:
-        """Prune each matrix when all micro-batches have brought its input; one pass (two streams: one pass each)."""
+        """Prune each matrix when all micro-batches have brought its input; one pass (two streams: one pass each).
+
+        Gram matrices are made when all their inputs are there, so that only those of one turn are in memory.
+        """
         hub = getcurrent()
         solved: set[str] = set()
         beside: list[dict[str, Tensor]] = [{} for _ in self.calls]
-        waiting: dict[int, list[Matrix]] = {}
+        waiting: dict[int, list[Brought]] = {}
+        at_arrival = self.needs < Needs.GRAM  # sums of squares are small, and taken while the input is in the cache
 
         def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
             me = getcurrent()
@@ -136,17 +173,18 @@ class Walk:
             if dense:
                 output = compute()  # with the weights that are still dense
                 beside[index].update({matrix.name: x for matrix, x in hits})
-                hub.switch([matrix for matrix, _ in hits])
+                hub.switch()
                 return output
-            fresh = []
+            fresh: list[Brought] = []
             for matrix, x in hits:
                 if not self._counts(matrix):
                     continue
                 if matrix.name in solved:
                     self.late[matrix.name] = self.late.get(matrix.name, 0) + x.numel() // matrix.width
                 else:
-                    self._observe(index, matrix, x, beside[index].pop(matrix.name, None))
-                    fresh.append(matrix)
+                    fresh.append((matrix, x, beside[index].pop(matrix.name, None)))
+                    if at_arrival:
+                        self._observe(index, *fresh[-1])
             if fresh:
                 hub.switch(fresh)
             return compute()
@@ -162,7 +200,7 @@ class Walk:
                     output = self.calls[index].run(self.block, hidden)
             stream[index] = output
 
-        def resume(runner: greenlet) -> list[Matrix] | None:
+        def resume(runner: greenlet) -> list[Brought] | None:
             found = runner.switch(*runner.place) if not runner else runner.switch()  # type: ignore[attr-defined]
             return None if runner.dead else found
 
@@ -187,13 +225,18 @@ class Walk:
                     turn = self._turn(waiting)
                     if turn is None:
                         break
-                    moving = [index for index, found in waiting.items() if found[0].name == turn]
-                    here = {matrix.name for index in moving for matrix in waiting.pop(index)}
-                    seen = {name: self._inputs.pop(name) for name in here}
-                    holders = self.ranks.reduce(seen, self._empty)
-                    names = sorted(holders, key=self._rank.__getitem__)
-                    solve([(self._matrix[name], seen.get(name), holders[name]) for name in names])
-                    solved.update(names)
+                    moving = sorted(index for index, found in waiting.items() if found[0][0].name == turn)
+                    brought = {index: waiting.pop(index) for index in moving}
+                    for group in self._groups(self._together(brought)):
+                        if not at_arrival:
+                            self._observe_all(brought, group)
+                        seen = {name: self._inputs.pop(name) for name in group if name in self._inputs}
+                        holders = self.ranks.reduce(seen, self._empty)
+                        names = sorted(holders, key=self._rank.__getitem__)
+                        solve([(self._matrix[name], seen.get(name), holders[name]) for name in names])
+                        solved.update(names)
+                        seen.clear()
+                    brought.clear()
             finally:  # unwind what still waits
                 for runner in (*runners, *ahead):
                     if runner:
@@ -202,6 +245,8 @@ class Walk:
 
     def _counts(self, matrix: Matrix) -> bool:
         """Whether what the matrix is multiplied with now belongs to its statistics."""
+        if matrix.name not in self._wanted:
+            return False
         return matrix.expert is None or not self.all_experts or self._place() in self._showing
 
     def _place(self) -> tuple[int, bool]:
@@ -215,12 +260,17 @@ class Walk:
             place = self._place()
             if place in self._showing or place[1]:
                 return
-            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            x, weights = bound["hidden_states"], bound["top_k_weights"]
-            everyone = torch.arange(count[id(module)], device=x.device).expand(len(x), -1)
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            chosen = next(v for v in bound.arguments.values() if isinstance(v, Tensor) and not v.is_floating_point())
+            everyone = torch.arange(count[id(module)], device=chosen.device).expand(len(chosen), -1)
+            for name, value in bound.arguments.items():  # [tokens, chosen]: numbers of experts, and their weights
+                if isinstance(value, Tensor) and value.shape == chosen.shape:
+                    bound.arguments[name] = (
+                        everyone if value is chosen else torch.ones_like(everyone, dtype=value.dtype)
+                    )
             self._showing.add(place)
             try:
-                module.forward(x, everyone, torch.full_like(everyone, 1.0, dtype=weights.dtype))
+                module.forward(*bound.args, **bound.kwargs)
             finally:
                 self._showing.discard(place)
 
@@ -232,12 +282,6 @@ class Walk:
                     continue
                 module = self.block.get_submodule(matrix.parameter.removeprefix(self.prefix).rpartition(".")[0])
                 if id(module) not in count:
-                    if not {"hidden_states", "top_k_index", "top_k_weights"} <= set(
-                        inspect.signature(module.forward).parameters
-                    ):
-                        raise RunError(
-                            f"{type(module).__name__} cannot send every token to every expert; use --experts routed"
-                        )
                     handles.append(module.register_forward_pre_hook(show, with_kwargs=True))
                 count[id(module)] = max(count.get(id(module), 0), matrix.expert + 1)
         try:
@@ -246,9 +290,37 @@ class Walk:
             for handle in handles:
                 handle.remove()
 
-    def _turn(self, waiting: dict[int, list[Matrix]]) -> str | None:
+    def _groups(self, matrices: Sequence[Matrix]) -> list[set[str]]:
+        """Names of matrices, in their order, in as few groups as `experts_memory` allows; at least one group."""
+        groups: list[set[str]] = [set()]
+        taken = 0
+        for matrix in matrices:
+            cost = expert_memory(matrix, self.needs)
+            if taken and cost and self.experts_memory is not None and taken + cost > self.experts_memory:
+                groups.append(set())
+                taken = 0
+            groups[-1].add(matrix.name)
+            taken += cost
+        return groups
+
+    def _together(self, brought: Mapping[int, list[Brought]]) -> list[Matrix]:
+        """The matrices whose turn it is, on all ranks where Gram matrices are made group by group."""
+        names = {matrix.name for found in brought.values() for matrix, _, _ in found}
+        if self.needs >= Needs.GRAM:
+            names = {name for told in self.ranks.exchange(sorted(names)) for name in told}
+        return [self._matrix[name] for name in sorted(names, key=self._rank.__getitem__)]
+
+    def _observe_all(self, brought: Mapping[int, list[Brought]], group: Collection[str]) -> None:
+        """Add what all micro-batches brought for a group of matrices to their statistics."""
+        found = [(i, *one) for i, several in brought.items() for one in several if one[0].name in group]
+        if not any(self._shared(index, x) for index, _, x, _ in found):
+            self._last.clear()  # gives the Gram matrices back that nothing will share any more
+        for index, matrix, x, beside in found:
+            self._observe(index, matrix, x, beside)
+
+    def _turn(self, waiting: Mapping[int, list[Brought]]) -> str | None:
         """The first matrix, in order, that a micro-batch of any rank waits for: none can still arrive there."""
-        mine = min((self._rank[found[0].name] for found in waiting.values()), default=None)
+        mine = min((self._rank[found[0][0].name] for found in waiting.values()), default=None)
         ranks = [rank for rank in self.ranks.exchange(mine) if rank is not None]
         return list(self._rank)[min(ranks)] if ranks else None
 
@@ -260,21 +332,13 @@ class Walk:
 
     def _observe(self, index: int, matrix: Matrix, x: Tensor, beside: Tensor | None) -> None:
         """Add the input x of micro-batch `index` to the matrix's statistics, once for all matrices that share it."""
-        last = self._last.get(index)
-        shared = (
-            last is not None
-            and last[0].data_ptr() == x.data_ptr()
-            and last[0].shape == x.shape
-            and last[0].stride() == x.stride()
-            and last[1] == x._version
-        )
         known = self._inputs.get(matrix.name)
-        if shared:
-            assert last is not None
+        if self._shared(index, x):
+            shared = self._last[index][2]
             if known is None:
-                self._inputs[matrix.name] = last[2]
+                self._inputs[matrix.name] = shared
                 return
-            if known is last[2]:
+            if known is shared:
                 return
         elif known is not None and known.owner != matrix.name:
             raise RunError(f"{matrix.name} shares its input with {known.owner} in some micro-batches only")
@@ -282,6 +346,17 @@ class Walk:
             known = self._inputs[matrix.name] = self._empty(matrix.name)
         known.update(x, beside if known.inherit else None)
         self._last[index] = (x, x._version, known)  # holds x, so that its memory is not given to another input
+
+    def _shared(self, index: int, x: Tensor) -> bool:
+        """Whether x is the input that micro-batch `index` brought last, unchanged."""
+        last = self._last.get(index)
+        return (
+            last is not None
+            and last[0].data_ptr() == x.data_ptr()
+            and last[0].shape == x.shape
+            and last[0].stride() == x.stride()
+            and last[1] == x._version
+        )
 
     def _dense_inputs(self, index: int) -> dict[str, Tensor]:
         """Move the dense stream's micro-batch `index` through the block; returns every matrix's input on the way."""
@@ -302,11 +377,16 @@ class Walk:
         first: dict[str, int] = {}  # the first matrix of each fused experts module
         for matrix in self.matrices:
             if matrix.expert is not None:
-                first.setdefault(matrix.parameter.rpartition(".")[0], place[matrix.name])
+                first.setdefault(_home(matrix), place[matrix.name])
 
         def key(matrix: Matrix) -> tuple[int, int, int]:
             if matrix.expert is None:
                 return place[matrix.name], 0, 0
-            return first[matrix.parameter.rpartition(".")[0]], matrix.expert, place[matrix.name]
+            return first[_home(matrix)], matrix.expert, place[matrix.name]
 
         return sorted(self.matrices, key=key)
+
+
+def _home(matrix: Matrix) -> str:
+    """The module that holds a matrix of experts."""
+    return matrix.parameter.rpartition(".")[0]

@@ -1,7 +1,8 @@
-"""Every prunable matrix of a block as one [out, in] view: Linear, 1x1 convolution, Conv1D, an expert of a fused tensor."""
+"""Every prunable matrix of a block as one [out, in] view: Linear, 1x1 convolution, Conv1D, one of fused experts."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution that maps each place by itself (1x1, not grouped): a linear layer of channels."""
+    """Whether a module is a convolution that maps each place by itself (1x1, not grouped): linear in its channels."""
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1 and set(module.kernel_size) == {1}
     )
@@ -86,6 +87,11 @@ def find_matrices(block: nn.Module, prefix: str) -> tuple[list[Matrix], dict[str
             elif parameter.ndim == 2 and not isinstance(module, nn.Embedding):
                 dense[full] = "not the weight of a linear layer"
     return matrices, dense
+
+
+def takes_routes(experts: nn.Module) -> bool:
+    """Whether an experts module is called with every token's experts and their weights, beside the hidden states."""
+    return len(inspect.signature(experts.forward).parameters) >= 3
 
 
 def _is_fused(module: nn.Module, parameter: Tensor) -> bool:
