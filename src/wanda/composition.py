@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanda.allocation import ALLOCATIONS
 from wanda.errors import ConfigurationError, RunError, near
+from wanda.kernels.columns import square_sum
 from wanda.methods import METHODS
 from wanda.patterns import NM, Pattern, exact, group_named
 from wanda.scores import SCORES
@@ -115,8 +116,8 @@ def relative_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> tup
         lost = (difference @ statistics.gram).mul_(difference).sum(dtype=torch.float64)
         whole = (dense @ statistics.gram).mul_(dense).sum(dtype=torch.float64)
     else:
-        lost = (difference.square_() @ statistics.square_sum).sum(dtype=torch.float64)
-        whole = (dense.square() @ statistics.square_sum).sum(dtype=torch.float64)
+        lost = square_sum(difference).double() @ statistics.square_sum.double()
+        whole = square_sum(dense).double() @ statistics.square_sum.double()
     return (float(lost / whole) if whole > 0 else 0.0), statistics.gram is not None
 
 

@@ -6,16 +6,14 @@ Counts are exact (reference: floor(n s) of a group of n go, s an exact decimal);
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wanda.errors import ConfigurationError
+from wanda.kernels.selection import FEW, lowest, lowest_of_few
 
 
 def exact(sparsity: float | str | Fraction) -> Fraction:
@@ -26,57 +24,6 @@ def exact(sparsity: float | str | Fraction) -> Fraction:
 def share(total: int, start: int, stop: int, width: int) -> int:
     """What the columns [start, stop) of `width` lose of `total`; slices that fill the width sum to the total."""
     return total * stop // width - total * start // width
-
-
-def lowest(scores: Tensor, counts: int | Sequence[int]) -> Tensor:
-    """Mark the `counts` lowest entries (of every row, or of each its own) of scores [groups, n], float32.
-
-    Equivalent to a stable ascending sort of each row (ties by position, earlier first), found by the value of that
-    rank: a partition instead of a sort. Returns bool [groups, n].
-    """
-    if not isinstance(counts, int):
-        if min(counts, default=0) == max(counts, default=0):
-            return lowest(scores, min(counts, default=0))
-        marked = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-        wanted = torch.tensor(counts, device=scores.device)
-        for count in set(counts):
-            marked[wanted == count] = lowest(scores[wanted == count], count)
-        return marked
-    groups, n = scores.shape
-    if counts <= 0 or counts >= n or groups == 0:
-        return torch.full((groups, n), counts > 0, dtype=torch.bool, device=scores.device)
-    threshold = ranked(scores, counts)
-    marked = scores <= threshold
-    if int(torch.count_nonzero(marked)) > groups * counts:  # ties at the threshold: the later ones stay
-        below = scores < threshold
-        ties = marked & ~below
-        marked = below | (ties & (ties.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
-    return marked
-
-
-def ranked(scores: Tensor, rank: int) -> Tensor:
-    """The value of rank `rank`, from 1, of every row of scores [groups, n]: [groups, 1]."""
-    if scores.device.type != "cpu":
-        return torch.kthvalue(scores, rank, dim=1, keepdim=True).values
-    array = scores.detach().numpy()  # NumPy's partition is vectorised, torch's is not; it leaves the other threads free
-    threads = min(torch.get_num_threads(), array.shape[0]) if array.size > 2**18 else 1
-    pick = lambda part: np.partition(part, rank - 1, axis=1)[:, rank - 1, None]  # noqa: E731
-    if threads == 1:
-        return torch.from_numpy(pick(array))
-    with ThreadPoolExecutor(threads) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(pick, np.array_split(array, threads)))))
-
-
-def lowest_of_few(scores: Tensor, count: int) -> Tensor:
-    """`lowest` for rows of a few entries, scores [groups, m]: every entry's rank by comparison with the others."""
-    groups, m = scores.shape
-    columns = scores.T.contiguous()  # [m, groups]
-    rank = torch.zeros(m, groups, dtype=torch.uint8, device=scores.device)
-    for i in range(m - 1):
-        earlier_is_lower = columns[i] <= columns[i + 1 :]  # [m - 1 - i, groups]
-        rank[i + 1 :] += earlier_is_lower
-        rank[i] += (m - 1 - i) - earlier_is_lower.sum(dim=0, dtype=torch.uint8)
-    return (rank < count).T
 
 
 @dataclass(frozen=True)
@@ -197,7 +144,7 @@ class NM:
         """scores: [out, k] of whole groups, k divisible by m -> bool [out, k], True survives."""
         out, k = scores.shape
         groups = scores.reshape(-1, self.m)
-        marked = (lowest_of_few if self.m <= 32 else lowest)(groups, self.m - self.n).reshape(out, k)
+        marked = (lowest_of_few if self.m <= FEW else lowest)(groups, self.m - self.n).reshape(out, k)
         if self.partial is not None:
             open_scores = torch.where(marked, scores, torch.inf)
             marked = lowest(open_scores, int(k * self.partial))

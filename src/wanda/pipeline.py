@@ -20,12 +20,14 @@ from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
 from wanda.checkpoint.tensors import Entry
 from wanda.checkpoint.writer import Writer, partial_folder
-from wanda.composition import Composition
+from wanda.composition import Composition, finite
+from wanda.device import available_memory
 from wanda.errors import ConfigurationError, RunError, near
+from wanda.kernels.selection import clear_lost
 from wanda.methods import METHODS
 from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
-from wanda.plan import Plan, choose, make_plan, needs_of, pattern_of
+from wanda.plan import EXPERTS_SHARE, Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
 from wanda.report import Report, peak_memory
 from wanda.report.card import model_card
@@ -76,7 +78,16 @@ def prune(
     }
     writer = Writer(plan.out, plan.checkpoint, identity, resume) if ranks.leads else None
     try:
-        loop = BlockLoop(plan.skeleton, plan.recipe, plan.matrices, tokens, plan.batch, plan.activation_folder, ranks)
+        loop = BlockLoop(
+            plan.skeleton,
+            plan.recipe,
+            plan.matrices,
+            tokens,
+            plan.batch,
+            plan.activation_folder,
+            ranks,
+            plan.experts_memory,
+        )
         with Progress(len(plan.matrices), progress and ranks.leads) as bar:
             loop.run(bar, writer)
         report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
@@ -107,7 +118,8 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
         "the same kind of --device": plan.skeleton.device.type,
     }
     folder = None if plan.activation_folder is None else str(plan.activation_folder)
-    first, propagate, batch, folder = ranks.first([same, plan.recipe.propagate, plan.batch, folder])
+    choices = [plan.recipe.propagate, plan.batch, plan.experts_memory, folder]
+    first, (propagate, batch, plan.experts_memory, folder) = ranks.first([same, choices])
     different = [f"{what} (here {same[what]}, there {first[what]})" for what in same if same[what] != first[what]]
     if different:
         raise ConfigurationError(f"{ranks} differs from the first: give all ranks {' and '.join(different)}")
@@ -141,7 +153,10 @@ def prune_model(
     batch = recipe.batch or (max(1, 1024 // token_ids.shape[1]) if token_ids is not None else 1)
     training = model.training
     model.eval()
-    loop = BlockLoop(parts, recipe, matrices, tokens, batch)
+    available = available_memory(parts.device)
+    loop = BlockLoop(
+        parts, recipe, matrices, tokens, batch, experts_memory=None if available is None else available // EXPERTS_SHARE
+    )
     try:
         loop.run(Progress(len(matrices), shown=False))
     finally:
@@ -240,9 +255,9 @@ class Pruner:
         weight = matrix.view(computed) if computed.dtype == stored.dtype else view.to(computed.device)
         pruned = composition.prune(weight.float(), statistics, pattern, matrix.name)
         if composition.update == "none":
-            view.masked_fill_(~pruned.mask.to(view.device), 0)  # survivors keep their bits
+            clear_lost(view, pruned.mask.to(view.device))  # survivors keep their bits
         else:
-            view.copy_(pruned.weight.to(view.dtype).masked_fill_(~pruned.mask, 0))
+            view.copy_(clear_lost(pruned.weight.to(view.dtype), pruned.mask))
         if computed.data_ptr() != stored.data_ptr():
             matrix.view(computed).copy_(view)
         removed = matrix.numel - int(pruned.mask.sum())
@@ -276,7 +291,9 @@ class BlockLoop:
         batch: int,
         activation_folder: Path | None = None,
         ranks: Ranks | None = None,
+        experts_memory: int | None = None,
     ):
+        self.experts_memory = experts_memory
         self.parts, self.recipe, self.matrices, self.batch = parts, recipe, matrices, batch
         self.ranks = ranks or Ranks()
         self.tokens = None if tokens is None else self.ranks.split(tokens, batch)
@@ -399,7 +416,8 @@ class BlockLoop:
         hidden: Activations | None,
         dense: Activations | None,
     ) -> None:
-        computed = dict(self.parts.model.named_parameters())
+        prefix, block = self.parts.blocks.prefix(index), self.parts.blocks.modules[index]
+        computed = {prefix + name: parameter for name, parameter in block.named_parameters()}
         solved: set[str] = set()
 
         def solve(jobs: Sequence[Job]) -> None:
@@ -426,7 +444,7 @@ class BlockLoop:
             if count:
                 row["notes"].append(f"{count} tokens came after it was pruned and are not in its sums")
         for tensor in hidden:
-            if not bool(torch.isfinite(tensor).all()):
+            if not finite(tensor):
                 raise RunError(
                     f"activations after block {index} are not finite: look for NaN or Inf in the input's weights, or "
                     "compute with --dtype float32"
@@ -490,6 +508,7 @@ class BlockLoop:
             self.parts.device,
             self.recipe.experts == "all",
             self.ranks,
+            self.experts_memory,
         )
 
     def _shard(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor | Entry]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wanda.blocks import Blocks, find_blocks
 from wanda.checkpoint.names import Group, NameMap
 from wanda.checkpoint.reader import Checkpoint
-from wanda.checkpoint.source import load_config
+from wanda.checkpoint.source import NO_HEAD, classifies_images, load_config
 from wanda.checkpoint.tensors import Entry
 from wanda.errors import ConfigurationError, RunError
 
@@ -20,8 +20,8 @@ from wanda.errors import ConfigurationError, RunError
 class Skeleton:
     """The model of a checkpoint on the meta device, in the compute type; blocks come and go.
 
-    model: a transformers causal language model.
-    blocks: its decoder blocks.
+    model: a transformers causal language model or image classifier.
+    blocks: its blocks.
     names: the map between its parameters and the checkpoint's tensors.
     """
 
@@ -32,6 +32,10 @@ class Skeleton:
         self.model = build(checkpoint.folder, dtype, trust_remote_code)
         self.blocks: Blocks = find_blocks(self.model)
         self.names = NameMap.of(self.model, checkpoint.entries)
+        if self.blocks.chain is not None:
+            lacking = [name for name, _ in self.model.named_parameters() if name not in self.names.groups]
+            if lacking:
+                raise ConfigurationError(f"{checkpoint.folder} lacks {lacking[0]}: {NO_HEAD}")
         self._keep_fp32 = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
 
     def block_names(self, index: int) -> list[str]:
@@ -74,10 +78,10 @@ class Skeleton:
         Raises RunError when the checkpoint lacks a parameter that is neither tied nor the head's.
         """
         inside = tuple(self.blocks.prefix(i) for i in range(len(self.blocks)))
-        output = self.model.get_output_embeddings()
-        skipped = set() if head or output is None else {id(p) for p in output.parameters()}
-        embedding = self.model.get_input_embeddings()
-        skipped -= {id(p) for p in embedding.parameters()}
+        skipped: set[int] = set()
+        if self.blocks.chain is None and not head and (output := self.model.get_output_embeddings()) is not None:
+            skipped = {id(p) for p in output.parameters()}
+            skipped -= {id(p) for p in self.model.get_input_embeddings().parameters()}
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         stored: dict[str, Tensor] = {}
         wanted = dict(self.model.named_parameters(remove_duplicate=False)) | self._persistent_buffers()
@@ -138,7 +142,7 @@ class Skeleton:
         from transformers import PreTrainedModel, initialization
 
         skip = tuple(skip)
-        owners = {name: m for name, m in self.model.named_modules() if isinstance(m, PreTrainedModel)}
+        owners: dict[str, Any] = {}
         for name, module in root.named_modules():
             full = (prefix + name).rstrip(".")
             if skip and (full + ".").startswith(skip):
@@ -150,33 +154,42 @@ class Skeleton:
                 like = module._buffers[buffer]
                 assert like is not None
                 value = torch.empty_like(like, device=self.device)
-                module._buffers[buffer] = value.fill_(torch.nan) if value.is_floating_point() else value.zero_()
+                module._buffers[buffer] = value.fill_(_unset(value))
+            owners = owners or {n: m for n, m in self.model.named_modules() if isinstance(m, PreTrainedModel)}
             inner = max((n for n in owners if n == "" or full == n or full.startswith(n + ".")), key=len)
             with initialization.guard_torch_init_functions():
                 owners[inner]._init_weights(module)
             for buffer in missing:
                 value = module._buffers[buffer]
-                if value is not None and value.is_floating_point() and bool(value.isnan().any()):
+                unset = _unset(value) if value is not None else 0
+                if value is not None and unset and bool((value.isnan() if unset != unset else value == unset).any()):
                     raise RunError(
                         f"{full}.{buffer} lies in no checkpoint and the model does not compute it; it cannot be walked"
                     )
 
 
-def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a folder's config on the meta device, in evaluation mode.
+def _unset(like: Tensor) -> float:
+    """What no buffer of this type holds once it is computed; 0, which tells nothing, for bool."""
+    if like.dtype == torch.bool:
+        return 0
+    return torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
 
-    Raises ConfigurationError when transformers knows no causal language model for the config.
+
+def build(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The causal language model, or image classifier, of a folder's config on the meta device, in evaluation mode.
+
+    Raises ConfigurationError when transformers knows neither for the config.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     config = load_config(folder, trust_remote_code)
+    images = classifies_images(config)
+    options: dict[str, Any] = {} if images else {"experts_implementation": "eager"}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
-            )
+            auto_class = AutoModelForImageClassification if images else AutoModelForCausalLM
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ConfigurationError(
-            f"{folder} is no causal language model that transformers can build: {error}"
-        ) from error
+        kind = "image classifier" if images else "causal language model"
+        raise ConfigurationError(f"{folder} is no {kind} that transformers can build: {error}") from error
     return model.eval().requires_grad_(False)

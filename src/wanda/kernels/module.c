@@ -2,11 +2,13 @@
    beside this file check shapes and types. A further concern adds a NAME_methods table to its own file and a line here. */
 #include <Python.h>
 
-extern PyMethodDef gram_methods[], packed_methods[];
+extern PyMethodDef columns_methods[], gram_methods[], packed_methods[], select_methods[];
 
 static int add_methods(PyObject *module) {
-    if (PyModule_AddFunctions(module, gram_methods)) return -1;
-    return PyModule_AddFunctions(module, packed_methods);
+    PyMethodDef *tables[] = {columns_methods, gram_methods, packed_methods, select_methods};
+    for (int i = 0; i < 4; i++)
+        if (PyModule_AddFunctions(module, tables[i])) return -1;
+    return 0;
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_methods}, {0, NULL}};

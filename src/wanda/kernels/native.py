@@ -33,8 +33,8 @@ def native() -> ModuleType | None:
         return importlib.import_module("wanda.kernels._native")
     except ImportError:
         print(
-            "wanda: the C kernels are not compiled, so packed layers are expanded and run at dense speed and size; "
-            "install a C compiler and reinstall wanda-prune to have them",
+            "wanda: the C kernels are not compiled, so pruning takes longer, and packed layers run at dense speed and "
+            "size; install a C compiler and reinstall wanda-prune to have them",
             file=sys.stderr,
         )
         return None

@@ -14,4 +14,4 @@ class Wanda:
 
     def prepare(self, weight, statistics):
         norm = statistics.input_norm()  # [in]
-        return lambda columns_weight, columns: columns_weight.abs() * norm[columns]
+        return lambda columns_weight, columns: (columns_weight * norm[columns]).abs_()

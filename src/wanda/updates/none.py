@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from wanda.kernels.selection import clear_lost
 from wanda.statistics import Needs
 from wanda.updates import UPDATES, Problem
 
@@ -20,4 +21,4 @@ class NoUpdate:
 
     def __call__(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         mask = problem.select(problem.weight, slice(None))
-        return torch.where(mask, problem.weight, 0), mask
+        return clear_lost(problem.weight.clone(), mask), mask
