@@ -48,6 +48,24 @@ def compute_dtype(device: torch.device, requested: str = "auto", stored: torch.d
     return stored if stored is not None and stored in DTYPES.values() else torch.bfloat16
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken where a block is computed; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    try:
+        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        found += [int(limit) - int(used)] if limit != "max" else []
+    except OSError:
+        pass
+    return min(found, default=None)
+
+
 @cache
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware: avx512_bf16 or amx (x86), bf16 (ARM)."""

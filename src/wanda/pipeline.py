@@ -438,6 +438,9 @@ class BlockLoop:
                     "statistics; leave it dense with --exclude"
                 )
         solve([(matrix, None, everyone) for matrix in unseen])
+        place = {matrix.name: number for number, matrix in enumerate(self.matrices[index])}
+        before = len(self.pruner.rows) - len(self._rows(index))
+        self.pruner.rows[before:] = sorted(self._rows(index), key=lambda row: place[row["name"]])
         late = self.ranks.exchange(walk.late)
         for row in self._rows(index):
             count = sum(tokens.get(row["name"], 0) for tokens in late)

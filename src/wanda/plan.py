@@ -18,15 +18,17 @@ from wanda.checkpoint.skeleton import Skeleton
 from wanda.checkpoint.source import load_config, resolve, stored_dtype
 from wanda.checkpoint.writer import output_faults, partial_folder
 from wanda.composition import Composition
-from wanda.device import compute_dtype, pick_device
+from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.statistics import Needs
+from wanda.walk import expert_memory, groups_of
 from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 
 _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _CONTEXT = 2048  # tokens of a sequence unless said otherwise
+EXPERTS_SHARE = 4  # of the available memory, one part goes to the Gram matrices of experts
 _SLACK = 200 << 20  # bytes: allocator, thread pools, libraries that are loaded on the way
 
 
@@ -37,6 +39,7 @@ class Plan:
     recipe: resolved. matrices: to be pruned, a list a block. dense: parameters left dense, name to reason.
     batch: sequences a micro-batch. world: processes that share the run.
     activation_folder: where activations go when memory is short, else None.
+    experts_memory: bytes that the Gram matrices of a block's experts, with their factors, may take at once.
     memory: estimated peak bytes. notes: decisions the user should see.
     """
 
@@ -51,6 +54,7 @@ class Plan:
     batch: int
     calibrated: bool
     activation_folder: Path | None = None
+    experts_memory: int | None = None
     memory: int = 0
     notes: list[str] = field(default_factory=list)
     world: int = 1
@@ -94,6 +98,19 @@ class Plan:
         """Number of weights that will go under a uniform allocation."""
         return sum(self.pattern(m).removed(m.out, m.width) for block in self.matrices for m in block)
 
+    def experts(self, block: int) -> list[Matrix]:
+        """The experts of a block."""
+        return [matrix for matrix in self.matrices[block] if matrix.expert is not None]
+
+    def passes(self) -> int:
+        """Dense passes a block of --propagate block: one for every group of experts whose Gram matrices fit."""
+        if not self.calibrated:
+            return 1
+        assert self.recipe.update is not None
+        needs = Composition(self.recipe.score, self.recipe.update).needs
+        experts = (self.experts(index) for index in range(len(self.matrices)))
+        return max(len(groups_of(some, needs, self.experts_memory)) for some in experts)
+
     def seconds(self) -> float:
         """A rough estimate of the run's time from this machine's speed at one small product of the compute type."""
         if not self.calibrated:
@@ -108,7 +125,7 @@ class Plan:
         rate = 2 * size**3 * rounds / (time.perf_counter() - start)
         recipe = self.recipe
         composition = Composition(recipe.score, recipe.update or "none")
-        passes = (1.2 if recipe.propagate == "layer" else 2.0) + (1 if recipe.inherit else 0)
+        passes = (1.2 if recipe.propagate == "layer" else 1.0 + self.passes()) + (1 if recipe.inherit else 0)
         tokens = self.share
         work = 2.0 * self.weights() * tokens * passes
         if composition.needs == Needs.GRAM:
@@ -301,12 +318,24 @@ def _fit(plan: Plan) -> None:
     """Estimate the peak memory; under --memory choose what stays below it, or raise ConfigurationError with the least.
 
     Tried in this order: as asked; activations in a file; two passes, so that only one micro-batch's intermediate
-    activations are alive, one sequence at a time.
+    activations are alive, one sequence at a time. The Gram matrices of a block's experts get what is left, and a
+    quarter of the available memory at most.
     """
-    plan.memory = _estimate(plan)
     recipe = plan.recipe
+    needs = needs_of(recipe)
+    experts = [matrix for index in range(len(plan.matrices)) for matrix in plan.experts(index)]
+    largest = max(experts, key=lambda matrix: expert_memory(matrix, needs), default=None)
+    least = 0 if largest is None else expert_memory(largest, needs)
+    available = available_memory(plan.skeleton.device)
+    if available is not None:
+        plan.experts_memory = available // EXPERTS_SHARE
+        if largest is not None and least > available:
+            raise ConfigurationError(_too_large(largest, needs, f"only {available / 1e9:.2f}GB are available"))
+    plan.memory = _estimate(plan)
     if recipe.memory is None:
+        plan.notes += _experts_notes(plan, needs)
         return
+    most = plan.experts_memory
     cap = parse_bytes(recipe.memory)
     folder = partial_folder(plan.out).parent
     while not folder.exists():
@@ -325,16 +354,46 @@ def _fit(plan: Plan) -> None:
             continue
         for name, value in changes.items():
             setattr(plan, name, value)
+        plan.experts_memory = least
         plan.memory = _estimate(plan)
         notes += [note] if note else []
         if plan.memory <= cap:
+            rest = least + cap - plan.memory
+            plan.experts_memory = rest if most is None else max(least, min(rest, most))
+            plan.memory = _estimate(plan)
             if notes:
                 plan.notes.append(f"to stay below {recipe.memory}: {'; '.join(notes)}")
+            plan.notes += _experts_notes(plan, needs)
             return
+    if largest is not None and 0 < cap - (plan.memory - least) < least:
+        why = f"--memory {recipe.memory} leaves too little for it: the least is {plan.memory / 1e9:.2f}GB"
+        raise ConfigurationError(_too_large(largest, needs, why))
     raise ConfigurationError(
         f"--memory {recipe.memory} is too little for this model and calibration: the least is "
         f"{plan.memory / 1e9:.2f}GB; fewer or shorter samples need less"
     )
+
+
+def _too_large(matrix: Matrix, needs: Needs, why: str) -> str:
+    return (
+        f"the Gram matrix of {matrix.name} ({matrix.width} inputs) and the factor made of it take "
+        f"{expert_memory(matrix, needs) / 1e9:.2f}GB, and {why}; take a method that needs none (wanda), or leave such "
+        f"experts dense with --exclude {_kind(matrix.name)!r}"
+    )
+
+
+def _experts_notes(plan: Plan, needs: Needs) -> list[str]:
+    """How the Gram matrices of experts are kept few; [] where there are none."""
+    costs = [sum(expert_memory(m, needs) for m in plan.experts(index)) for index in range(len(plan.matrices))]
+    if not any(costs):
+        return []
+    if plan.recipe.propagate == "layer":
+        return ["Gram matrices of experts: each is made when its inputs are all there, and given back before the next"]
+    passes = plan.passes()
+    if passes == 1:
+        return []
+    sizes = f"{max(costs) / 1e9:.2f}GB a block with their factors, {(plan.experts_memory or 0) / 1e9:.2f}GB at once"
+    return [f"Gram matrices of experts: {sizes}: experts in groups, up to {passes} dense passes a block"]
 
 
 def _estimate(plan: Plan) -> int:
@@ -357,10 +416,10 @@ def _estimate(plan: Plan) -> int:
         needs = needs_of(recipe)
         grams = 0
         if needs == Needs.GRAM:
-            widths = {m.width for m in plan.matrices[index]}
+            widths = {m.width for m in plan.matrices[index] if m.expert is None}
             one = max(widths, default=0) ** 2 * 4
             kept = sum(w * w * 4 for w in widths) * (2 if recipe.propagate == "block" else 1)
-            grams = (kept + one * 4) * (2 if recipe.inherit else 1)
+            grams = (kept + one * 4) * (2 if recipe.inherit else 1) + _experts_at_once(plan, index, needs)
         in_flight = at_once * itemsize * (2 * int(config.hidden_size) + 3 * width) if plan.calibrated else 0
         in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
         largest = max(largest, stored * copies)
@@ -370,6 +429,17 @@ def _estimate(plan: Plan) -> int:
         between = 0
     head = outside if plan.calibrated else 0
     return _resident() + _SLACK + max(head, largest + working) + between
+
+
+def _experts_at_once(plan: Plan, block: int, needs: Needs) -> int:
+    """Bytes of the Gram matrices of experts, and of their factors, that are in memory together."""
+    experts = plan.experts(block)
+    costs = [expert_memory(matrix, needs) for matrix in experts]
+    modules = [plan.skeleton.model.get_submodule(home) for home in {m.parameter.rpartition(".")[0] for m in experts}]
+    # experts that are not told where tokens go may run in one product, and come together
+    alone = plan.recipe.propagate == "layer" and all(takes_routes(module) for module in modules)
+    limit = sum(costs) if plan.experts_memory is None else plan.experts_memory
+    return max(costs, default=0) if alone else min(sum(costs), max(limit, max(costs, default=0)))
 
 
 def _resident() -> int:

@@ -38,6 +38,20 @@ def expert_memory(matrix: Matrix, needs: Needs) -> int:
     return 2 * Statistics.memory(matrix.width, needs) if matrix.expert is not None and needs >= Needs.GRAM else 0
 
 
+def groups_of(matrices: Sequence[Matrix], needs: Needs, memory: int | None) -> list[set[str]]:
+    """Names of matrices, in their order, in groups whose experts' Gram matrices take `memory` bytes; at least one."""
+    groups: list[set[str]] = [set()]
+    taken = 0
+    for matrix in matrices:
+        cost = expert_memory(matrix, needs)
+        if taken and cost and memory is not None and taken + cost > memory:
+            groups.append(set())
+            taken = 0
+        groups[-1].add(matrix.name)
+        taken += cost
+    return groups
+
+
 class _Enough(Exception):
     """The pass has seen the input of the block's last matrix; what follows would not be used."""
 
@@ -145,7 +159,7 @@ class Walk:
         """
         everyone = range(self.ranks.world)
         experts = [matrix for matrix in self._matrix.values() if matrix.expert is not None]
-        first, *groups = self._groups(experts[::-1])
+        first, *groups = groups_of(experts[::-1], self.needs, self.experts_memory)
         later = {name for group in groups for name in group}
         found = self.gather(self._matrix.keys() - later if later else None)
         for group in [first, *groups] if later else []:
@@ -227,7 +241,7 @@ class Walk:
                         break
                     moving = sorted(index for index, found in waiting.items() if found[0][0].name == turn)
                     brought = {index: waiting.pop(index) for index in moving}
-                    for group in self._groups(self._together(brought)):
+                    for group in groups_of(self._together(brought), self.needs, self.experts_memory):
                         if not at_arrival:
                             self._observe_all(brought, group)
                         seen = {name: self._inputs.pop(name) for name in group if name in self._inputs}
@@ -289,19 +303,6 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _groups(self, matrices: Sequence[Matrix]) -> list[set[str]]:
-        """Names of matrices, in their order, in as few groups as `experts_memory` allows; at least one group."""
-        groups: list[set[str]] = [set()]
-        taken = 0
-        for matrix in matrices:
-            cost = expert_memory(matrix, self.needs)
-            if taken and cost and self.experts_memory is not None and taken + cost > self.experts_memory:
-                groups.append(set())
-                taken = 0
-            groups[-1].add(matrix.name)
-            taken += cost
-        return groups
 
     def _together(self, brought: Mapping[int, list[Brought]]) -> list[Matrix]:
         """The matrices whose turn it is, on all ranks where Gram matrices are made group by group."""

@@ -70,7 +70,8 @@ def find_matrices(block: nn.Module, prefix: str) -> tuple[list[Matrix], dict[str
             full = prefix + path
             linear = isinstance(module, nn.Linear) or (name in routers and parameter.ndim == 2)
             if linear and parameter_name == "weight":
-                matrices.append(Matrix(prefix + name, full, None, False, *parameter.shape, name in routers))
+                out, width = parameter.shape
+                matrices.append(Matrix(prefix + name, full, None, False, out, width, name in routers))
             elif is_transposed_linear(module) and parameter_name == "weight":
                 matrices.append(Matrix(prefix + name, full, None, True, *reversed(parameter.shape)))
             elif is_pointwise(module) and parameter_name == "weight":
