@@ -1,58 +1,83 @@
-"""The decoder blocks of a model: finding them, and recording the arguments each is called with.
+"""The blocks of a model: finding them, and recording the arguments each is called with.
 
-No code here knows an architecture. Blocks are the outermost ModuleList as long as the config says; every block's own
-arguments (masks, position embeddings) are noted by a stand-in, since sliding-window and hybrid models give different
-ones to different blocks.
+No code here knows an architecture. A decoder's blocks are the outermost ModuleList as long as the config says, an image
+classifier's are the chain that wanda.chain finds; every block's own arguments (masks, position embeddings) are noted by
+a stand-in, since sliding-window and hybrid models give different ones to different blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from wanda.chain import Chain, find_chain, first_tensor, hidden_argument, watch
 from wanda.errors import RunError
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a model: name of their list in the model, and the list itself."""
+    """The blocks of a model in the order of their execution: their names in it, and the modules.
 
-    name: str
-    modules: nn.ModuleList
+    chain: what is known of an image classifier's blocks; None for a decoder's.
+    """
+
+    names: tuple[str, ...]
+    modules: Sequence[nn.Module]
+    chain: Chain | None = None
 
     def __len__(self) -> int:
         return len(self.modules)
 
+    @property
+    def name(self) -> str:
+        """What all of their names begin with: the list that holds a decoder's blocks."""
+        return self.names[0].rpartition(".")[0]
+
     def prefix(self, index: int) -> str:
         """What the names of block `index`'s parameters begin with."""
-        return f"{self.name}.{index}."
+        return f"{self.names[index]}." if self.names[index] else ""
+
+    def prunable(self, name: str) -> bool:
+        """Whether the matrix of this name is one to prune: not of a stem, a head or what stands between stages."""
+        return self.chain is None or any(name.startswith(f"{unit}.") for unit in self.chain.units)
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether a model's input is an image: an image classifier; else it is a decoder's, token ids."""
+    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The outermost ModuleList whose length is the config's num_hidden_layers.
+    """A decoder's outermost ModuleList whose length is the config's num_hidden_layers; an image classifier's chain.
 
     Raises RunError when there is none, or when blocks share parameters (pruning one would change another).
     """
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     kind = type(model).__name__
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not found:
-        raise RunError(f"{kind} has no list of {count} blocks to walk; it is not a decoder that can be pruned")
-    name, modules = min(found, key=lambda item: item[0].count("."))
+    if takes_images(model):
+        chain = find_chain(model)
+        blocks = Blocks(chain.names, [model.get_submodule(name) for name in chain.names], chain)
+    else:
+        count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if not found:
+            raise RunError(f"{kind} has no list of {count} blocks to walk; it is not a decoder that can be pruned")
+        name, modules = min(found, key=lambda item: item[0].count("."))
+        blocks = Blocks(tuple(f"{name}.{index}" for index in range(count)), list(modules))
     owner: dict[int, int] = {}
-    for index, block in enumerate(modules):
+    for index, block in enumerate(blocks.modules):
         for parameter_name, parameter in block.named_parameters():
             if owner.setdefault(id(parameter), index) != index:
                 raise RunError(
                     f"{kind} cannot be walked block by block: blocks {owner[id(parameter)]} and {index} "
                     f"share {parameter_name}"
                 )
-    return Blocks(name, modules)
+    return blocks
 
 
 @dataclass
@@ -64,25 +89,35 @@ class Call:
     position: int | str
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for `hidden` [batch, seqlen, width], its first element when it returns a tuple."""
+        """The block's output for `hidden` [batch, ...], its first tensor when it returns more."""
         args, kwargs = self.args, self.kwargs
         if isinstance(self.position, int):
             args = (*args[: self.position], hidden, *args[self.position :])
         else:
             kwargs = {**kwargs, self.position: hidden}
-        output = block(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return first_tensor(block(*args, **kwargs))
+
+
+Answer = Callable[[Tensor], Any]  # what a stand-in returns for hidden states
+
+
+def _handed_on(width: int, gain: float = 1.0) -> Answer:
+    """The hidden states themselves (times `gain`), as the first of a tuple of `width` where that is not 0."""
+
+    def answer(hidden: Tensor) -> Any:
+        hidden = hidden * gain if gain != 1 else hidden
+        return (hidden, *[None] * (width - 1)) if width else hidden
+
+    return answer
 
 
 class _StandIn(nn.Module):
-    """In place of a block: notes the arguments, hands the hidden states on; other attributes are the block's."""
+    """In place of a block: notes the arguments, gives an answer; other attributes are the block's."""
 
-    def __init__(
-        self, block: nn.Module, calls: list[tuple[Call, Tensor]], width: int, gain: float, given: Tensor | None
-    ):
+    def __init__(self, block: nn.Module, calls: list[tuple[Call, Tensor]], answer: Answer):
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule
-        self._calls, self._width, self._gain, self._given = calls, width, gain, given
+        self._calls, self._answer = calls, answer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,16 +126,17 @@ class _StandIn(nn.Module):
             return getattr(object.__getattribute__(self, "_block"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        position: int | str
-        if "hidden_states" in kwargs:
-            position, hidden = "hidden_states", kwargs.pop("hidden_states")
-        else:
-            position = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
+        position = hidden_argument(args, kwargs)
+        if position is None:
+            raise RunError("a block is called without hidden states; it cannot be walked")
+        hidden: Tensor
+        if isinstance(position, int):
             hidden = args[position]
             args = args[:position] + args[position + 1 :]
+        else:
+            hidden = kwargs.pop(position)
         self._calls.append((Call(args, kwargs, position), hidden))
-        hidden = self._given if self._given is not None else hidden * self._gain if self._gain != 1 else hidden
-        return (hidden, *[None] * (self._width - 1)) if self._width else hidden
+        return self._answer(hidden)
 
 
 @dataclass
@@ -112,35 +148,43 @@ class Recording:
 
 
 def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recording:
-    """Run the base model (not its head) with stand-ins for the blocks; batches: token ids [batch, seqlen] each.
+    """Run the model (a decoder without its head) with stand-ins for the blocks.
 
-    Raises RunError, by name, for models that hand more than hidden states from block to block.
+    batches: token ids [batch, seqlen] each, or images [batch, channels, height, width]. Raises RunError, by name, for
+    models that hand more than hidden states from block to block.
     """
-    decoder = _decoder(model, blocks)
-    width = _tuple_width(model, decoder, blocks, batches[0][:1, :8])
-    _refuse_side_channels(model, decoder, blocks, batches[0][:1, :8], width)
+    if blocks.chain is None:
+        decoder = _decoder(model, blocks)
+        width = _tuple_width(model, decoder, blocks, batches[0][:1, :8])
+        _refuse_side_channels(
+            model, *(_noted(decoder, blocks, batches[0][:1, :8], _handed_on(width, gain)) for gain in (1.0, 1.5))
+        )
+        noted = (_noted(decoder, blocks, batch, _handed_on(width)) for batch in batches)
+    else:
+        _refuse_side_channels(model, *(_noted_images(model, blocks, batches[0][:1], fill) for fill in (0.0, 1.0)))
+        noted = (_noted_images(model, blocks, batch) for batch in batches)
     recording = Recording([])
     first: list[Call] = []
-    for batch in batches:
-        noted = _noted(decoder, blocks, batch, width)
-        calls = [call for call, _ in noted]
+    for each in noted:
+        calls = [call for call, _ in each]
         if first:  # micro-batches mostly get equal masks and positions: keep one copy
             calls = [_interned(call, like) for call, like in zip(calls, first, strict=True)]
         else:
             first = calls
         recording.calls.append(calls)
-        recording.hidden.append(noted[0][1])
+        recording.hidden.append(each[0][1])
     return recording
 
 
 def replay(model: nn.Module, blocks: Blocks, ids: Tensor, hidden: Tensor) -> Any:
-    """The model's output for ids [batch, seqlen] when its last block gives `hidden` [batch, seqlen, width].
+    """The decoder's output for ids [batch, seqlen] when its last block gives `hidden` [batch, seqlen, width].
 
     The blocks are not run; embedding, final norm and head are the model's own.
     """
-    decoder = _decoder(model, blocks)
-    width = _tuple_width(model, decoder, blocks, ids[:1, :8])
-    with _stood_in(blocks, [], width, last=hidden):
+    width = _tuple_width(model, _decoder(model, blocks), blocks, ids[:1, :8])
+    answers = [_handed_on(width)] * len(blocks)
+    answers[-1] = lambda _: _handed_on(width)(hidden)
+    with _stood_in(model, blocks, [], answers):
         return model(input_ids=ids, use_cache=False)
 
 
@@ -148,33 +192,52 @@ def _decoder(model: nn.Module, blocks: Blocks) -> nn.Module:
     """The smallest model around the blocks that takes token ids: no head, whose logits are large."""
     candidates = [getattr(model, "get_decoder", lambda: None)(), getattr(model, "base_model", None), model]
     for candidate in candidates:
-        if isinstance(candidate, nn.Module) and any(m is blocks.modules for m in candidate.modules()):
+        if isinstance(candidate, nn.Module) and any(m is blocks.modules[0] for m in candidate.modules()):
             return candidate
     raise RunError(f"{type(model).__name__}: its blocks are not part of its decoder; it cannot be walked")
 
 
 @contextlib.contextmanager
 def _stood_in(
-    blocks: Blocks, calls: list[tuple[Call, Tensor]], width: int, gain: float = 1.0, last: Tensor | None = None
+    root: nn.Module, blocks: Blocks, calls: list[tuple[Call, Tensor]], answers: Sequence[Answer]
 ) -> Iterator[None]:
-    """Stand-ins in place of all blocks; the last one gives `last`, when there is one, instead of what it was given."""
-    originals = list(blocks.modules)
-    for index, block in enumerate(originals):
-        final = last if index == len(originals) - 1 else None
-        blocks.modules[index] = _StandIn(block, calls, width, gain, final)
+    """Stand-ins, each with its answer, in place of all blocks of the model that `root` is, or is a part of."""
+    owners = {id(child): (parent, name) for parent in root.modules() for name, child in parent.named_children()}
+    for block, answer in zip(blocks.modules, answers, strict=True):
+        parent, name = owners[id(block)]
+        parent._modules[name] = _StandIn(block, calls, answer)
     try:
         yield
     finally:
-        for index, block in enumerate(originals):
-            blocks.modules[index] = block
+        for block in blocks.modules:
+            parent, name = owners[id(block)]
+            parent._modules[name] = block
 
 
-def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int, gain: float = 1.0) -> list[tuple[Call, Tensor]]:
+def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, answer: Answer) -> list[tuple[Call, Tensor]]:
     calls: list[tuple[Call, Tensor]] = []
-    with _stood_in(blocks, calls, width, gain):
+    with _stood_in(decoder, blocks, calls, [answer] * len(blocks)):
         decoder(input_ids=ids, use_cache=False)
     if len(calls) != len(blocks):
         raise RunError(f"{type(decoder).__name__} called {len(calls)} of its {len(blocks)} blocks; it cannot be walked")
+    return calls
+
+
+def _noted_images(model: nn.Module, blocks: Blocks, images: Tensor, fill: float = 0.0) -> list[tuple[Call, Tensor]]:
+    """The calls for images; stand-ins answer with tensors of the right shapes, which differ from stage to stage."""
+    if blocks.modules[0] is model:
+        return [(Call((), {}, 0), images)]
+    leaving = {node.name: node.leaving for node in watch(model, tuple(images.shape))}
+
+    def answer(shapes: Any) -> Answer:
+        def made(like: Any) -> Any:
+            return torch.full_like(like, fill, device=images.device) if isinstance(like, Tensor) else like
+
+        return lambda _: pytree.tree_map(made, shapes)
+
+    calls: list[tuple[Call, Tensor]] = []
+    with _stood_in(model, blocks, calls, [answer(leaving[name]) for name in blocks.names]):
+        model(images)
     return calls
 
 
@@ -185,7 +248,7 @@ def _tuple_width(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tens
     """
     for width in range(5):
         try:
-            noted = _noted(decoder, blocks, ids, width)
+            noted = _noted(decoder, blocks, ids, _handed_on(width))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
             continue  # the wrong guess breaks in the parent's own code, in whatever way
         shape = noted[0][1].shape
@@ -202,17 +265,17 @@ def _last_shape(decoder: nn.Module, blocks: Blocks, ids: Tensor) -> torch.Size:
         for m in decoder.children()
     ]
     try:
-        _noted(decoder, blocks, ids, 0)
+        _noted(decoder, blocks, ids, _handed_on(0))
     finally:
         for handle in handles:
             handle.remove()
     return shapes[-1] if shapes else torch.Size()
 
 
-def _refuse_side_channels(model: nn.Module, decoder: nn.Module, blocks: Blocks, ids: Tensor, width: int) -> None:
-    """Record twice, then with changed hidden states: any other argument that follows them is a side channel."""
-    plain = _noted(decoder, blocks, ids, width)
-    changed = _noted(decoder, blocks, ids, width, gain=1.5)
+def _refuse_side_channels(
+    model: nn.Module, plain: list[tuple[Call, Tensor]], changed: list[tuple[Call, Tensor]]
+) -> None:
+    """Recorded twice, then with changed hidden states: any other argument that follows them is a side channel."""
     for index, ((one, _), (two, _)) in enumerate(zip(plain, changed, strict=True)):
         for (path, a), (_, b) in zip(_leaves(one), _leaves(two), strict=True):
             if isinstance(a, Tensor) and not torch.equal(a, b):

@@ -27,6 +27,7 @@ from wanda.errors import ConfigurationError, MissingExtraError, RunError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken"]  # config, tokenizer, index, card
+NO_HEAD = "it is no trained classifier; give the model that was fine-tuned to classify"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -149,10 +150,53 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a resolved folder; ConfigurationError for an architecture that is not known."""
     from transformers import AutoConfig
 
+    if is_timm(read_config(path)):
+        _check_timm(path)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if getattr(config, "model_args", None):  # timm writes the number of classes there too, which is said twice then
+            config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
+        return config
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
+
+
+def is_timm(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of timm's format (`architecture`, no `model_type`), which transformers wraps."""
+    return "architecture" in config and "model_type" not in config
+
+
+def _check_timm(path: Path) -> None:
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"the model {path}", "timm", "vision") from error
+    except RuntimeError as error:  # a torchvision built for another torch
+        raise ConfigurationError(
+            f"the model {path} needs timm, which cannot be imported ({_first_line(error)}); install the torchvision that "
+            "belongs to this torch"
+        ) from error
+
+
+def classifies_images(config: Any) -> bool:
+    """Whether a config is an image classifier's rather than a causal language model's.
+
+    Raises ConfigurationError when transformers has neither for it.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    code = getattr(config, "auto_map", None) or {}
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
+    images = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or "AutoModelForImageClassification" in code
+    if text and images:
+        return any("ForImageClassification" in name for name in config.architectures or ())
+    if not text and not images:
+        name = ", ".join(config.architectures or ()) or config.model_type
+        raise ConfigurationError(
+            f"{name} is neither a decoder nor an image classifier; give a model that transformers' AutoModelForCausalLM "
+            "or AutoModelForImageClassification loads"
+        )
+    return images
 
 
 def load_model(
@@ -165,16 +209,43 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, trust_remote_code)
+    return _loaded(path, config, AutoModelForCausalLM, dtype, device, trust_remote_code=trust_remote_code)[0]
+
+
+def load_classifier(
+    path: Path, dtype: str = "auto", device: str | torch.device = "auto", trust_remote_code: bool = False
+) -> Any:
+    """The image classifier of a resolved folder, whole, as `load_model` does it.
+
+    Raises ConfigurationError when its config is of none, or the files hold no classification head.
+    """
+    from transformers import AutoModelForImageClassification
+
+    config = load_config(path, trust_remote_code)
+    if not classifies_images(config):
+        raise ConfigurationError(f"{path} is no image classifier; measure language models with --text or --tasks")
+    options = {"config": config, "trust_remote_code": trust_remote_code}
+    model, missing = _loaded(path, config, AutoModelForImageClassification, dtype, device, **options)
+    if missing:
+        raise ConfigurationError(f"{path} lacks {missing[0]}: {NO_HEAD}")
+    return model
+
+
+def _loaded(
+    path: Path, config: Any, auto_class: Any, dtype: str, device: str | torch.device, **options: Any
+) -> tuple[Any, list[str]]:
+    """The model that an auto class of transformers loads, and the names of parameters that the files lack."""
     place = pick_device(device) if isinstance(device, str) else device
     kind = compute_dtype(place, dtype, stored_dtype(config))
     try:
         with bars_on_terminals_only():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+            model, told = auto_class.from_pretrained(
+                path, dtype=kind, use_safetensors=True, output_loading_info=True, **options
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
-    return model.to(place).eval()
+        trusted = options["trust_remote_code"]
+        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trusted)}") from error
+    return model.to(place).eval(), sorted(told["missing_keys"])
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
