@@ -24,12 +24,13 @@ from wanda.composition import Composition, finite
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.selection import clear_lost
+from wanda.memory import FreedMemory, peak_memory
 from wanda.methods import METHODS
 from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
 from wanda.plan import EXPERTS_SHARE, Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
-from wanda.report import Report, peak_memory
+from wanda.report import Report
 from wanda.report.card import model_card
 from wanda.report.progress import Progress
 from wanda.statistics import Needs, Statistics
@@ -322,6 +323,7 @@ class BlockLoop:
         dense: Activations | None,
     ) -> None:
         done = self.ranks.first([] if writer is None else list(writer.done))
+        freed = FreedMemory()
         for index in range(len(self.matrices)):
             if index < len(done):
                 entries = None if writer is None else writer.block_entries(index)
@@ -333,6 +335,7 @@ class BlockLoop:
                 if writer is not None:
                     writer.write_block(index, self._shard(index, stored), self._rows(index))
                 self.parts.drop_block(index)
+            freed.give_back()
             calls[index] = []
             progress.block(index, self._rows(index))
 

@@ -20,6 +20,7 @@ from wanda.checkpoint.writer import output_faults, partial_folder
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
+from wanda.memory import resident_memory
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.statistics import Needs
@@ -29,6 +30,7 @@ from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _CONTEXT = 2048  # tokens of a sequence unless said otherwise
 EXPERTS_SHARE = 4  # of the available memory, one part goes to the Gram matrices of experts
+_UNTOLD = 400 << 20  # bytes of this process, where the system does not tell
 _SLACK = 200 << 20  # bytes: allocator, thread pools, libraries that are loaded on the way
 
 
@@ -428,7 +430,7 @@ def _estimate(plan: Plan) -> int:
     if plan.activation_folder is not None:
         between = 0
     head = outside if plan.calibrated else 0
-    return _resident() + _SLACK + max(head, largest + working) + between
+    return (resident_memory() or _UNTOLD) + _SLACK + max(head, largest + working) + between
 
 
 def _experts_at_once(plan: Plan, block: int, needs: Needs) -> int:
@@ -440,14 +442,3 @@ def _experts_at_once(plan: Plan, block: int, needs: Needs) -> int:
     alone = plan.recipe.propagate == "layer" and all(takes_routes(module) for module in modules)
     limit = sum(costs) if plan.experts_memory is None else plan.experts_memory
     return max(costs, default=0) if alone else min(sum(costs), max(limit, max(costs, default=0)))
-
-
-def _resident() -> int:
-    """Resident bytes of this process now; 400 MB where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 400 << 20
-    import os
-
-    return pages * os.sysconf("SC_PAGE_SIZE")

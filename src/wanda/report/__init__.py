@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import resource
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wanda.memory import peak_memory
 
 if TYPE_CHECKING:
     from wanda.plan import Plan
@@ -115,18 +114,6 @@ def versions() -> dict[str, str]:
     for name in ("wanda-prune", "torch", "transformers", "safetensors"):
         found[name] = importlib.metadata.version(name)
     return found
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process: VmHWM, since getrusage counts what a parent held before exec."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _numel(shape: tuple[int, ...]) -> int:

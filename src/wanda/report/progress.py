@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from wanda.report import peak_memory
+from wanda.memory import peak_memory
 
 
 class Progress:
