@@ -15,7 +15,7 @@ from wanda.errors import RunError
 
 
 class Activations:
-    """A list of tensors of unchanging shapes, kept on the host; with `folder`, in an unnamed file there.
+    """A list of tensors, kept on the host; with `folder`, in an unnamed file there.
 
     The file is read and written with pread and pwrite, since mapped pages would count as resident memory.
     """
@@ -25,9 +25,9 @@ class Activations:
         self._folder = folder
         self._kept: list[Tensor] = []
         self._like = [(t.shape, t.dtype) for t in tensors]
-        self._offsets = [0]
+        self._slots: list[tuple[int, int]] = []  # in the file: first byte, bytes
         for tensor in tensors:
-            self._offsets.append(self._offsets[-1] + tensor.nbytes)
+            self._slots.append((sum(self._slots[-1]) if self._slots else 0, tensor.nbytes))
         if self._file is None:
             self._kept = [t.cpu() for t in tensors]
         else:
@@ -43,20 +43,25 @@ class Activations:
         shape, dtype = self._like[index]
         tensor = torch.empty(shape, dtype=dtype)
         view = bytes_of(tensor)
-        if os.preadv(self._file.fileno(), [view], self._offsets[index]) != tensor.nbytes:
+        if os.preadv(self._file.fileno(), [view], self._slots[index][0]) != tensor.nbytes:
             raise RunError("the file of activations is cut short; is its disk full?")
         return tensor
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        if (tensor.shape, tensor.dtype) != self._like[index]:
+        shape, dtype = self._like[index]
+        if (tensor.shape[:1], tensor.dtype) != (shape[:1], dtype):  # another width is a stage's of an image classifier
             raise RunError(f"a block turned hidden states {self._like[index]} into {(tensor.shape, tensor.dtype)}")
+        self._like[index] = (tensor.shape, dtype)
         if self._file is None:
             self._kept[index] = tensor.cpu()
             return
+        if tensor.nbytes > self._slots[index][1]:
+            self._slots[index] = (max(map(sum, self._slots)), tensor.nbytes)
+        start = self._slots[index][0]
         view, done = bytes_of(tensor.cpu().contiguous()), 0
         try:
             while done < tensor.nbytes:
-                done += os.pwritev(self._file.fileno(), [view[done:]], self._offsets[index] + done)
+                done += os.pwritev(self._file.fileno(), [view[done:]], start + done)
         except OSError as error:
             raise RunError(f"activations cannot be written: {error.strerror}; free some space in TMPDIR") from error
 
@@ -72,6 +77,7 @@ class Activations:
         """Independent activations with the same values."""
         twin = Activations.__new__(Activations)
         twin.__dict__.update(self.__dict__)
+        twin._like, twin._slots = list(self._like), list(self._slots)
         if self._file is None:
             twin._kept = list(self._kept)  # tensors are replaced, never written to
         else:

@@ -126,12 +126,12 @@ class Ranks:
         return made
 
     def tokens(self, ids: Tensor | None) -> Tensor | None:
-        """The first rank's token ids [samples, seqlen]."""
-        shape = self.first(None if ids is None else list(ids.shape))
-        if shape is None:
+        """The first rank's token ids [samples, seqlen], int64, or images [samples, ...], float32."""
+        told = self.first(None if ids is None else [list(ids.shape), ids.is_floating_point()])
+        if told is None:
             return None
         if ids is None:
-            ids = torch.empty(shape, dtype=torch.int64)
+            ids = torch.empty(told[0], dtype=torch.float32 if told[1] else torch.int64)
         self.broadcast(ids, 0)
         return ids
 

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from wanda import images
 from wanda.errors import ConfigurationError
+from wanda.images import is_images
 
 _AXES = ("score", "group", "update", "allocation", "propagate", "inherit")
 
@@ -41,11 +43,14 @@ class Recipe:
     inherit: float | None = None
     """Share, 0 to 1, of the dense model's inputs in a Gram-based update's target (a second stream of activations)."""
     calibration: str = "c4"
-    """Calibration text: c4, wikitext2, ptb, builtin, or a file (FILE, FILE.jsonl:field, FILE.parquet:field+field)."""
+    """Calibration text: c4, wikitext2, ptb, builtin, or a file (FILE, FILE.jsonl:field, FILE.parquet:field+field).
+    For image classifiers images:FOLDER, images:FILE.parquet or images:hf:NAME[:SPLIT]."""
     samples: int = 128
-    """Number of calibration sequences."""
+    """Number of calibration sequences, or images."""
     seqlen: int | None = None
     """Tokens of a calibration sequence; min(2048, the model's context) when nothing is said."""
+    skip_unreadable: bool = False
+    """Leave images out that cannot be read, instead of stopping at the first."""
     seed: int = 0
     """Seed of the calibration sampling."""
     include: Annotated[tuple[str, ...], Parameter(negative="")] = ()
@@ -54,14 +59,15 @@ class Recipe:
     """Leave matrices dense whose name matches one of these globs."""
     sparsity_of: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """GLOB=S: another sparsity for the matrices whose name matches; the last match counts."""
-    propagate: Literal["block", "layer"] | None = None
-    """layer: one pass, every layer sees the pruned inputs it will get; block: the paper's two passes."""
+    propagate: Literal["none", "block", "layer"] | None = None
+    """layer: one pass, every layer sees the pruned inputs it will get; block: the paper's two passes; none: all
+    statistics from the dense model, as in the paper's image code."""
     experts: Literal["routed", "all"] = "routed"
     """Statistics of experts from the tokens routed to them, or with every expert seeing every token."""
     expert_tokens: int = 32
     """An expert that saw fewer tokens is pruned by magnitude per row, and named."""
     batch: int | None = None
-    """Sequences in a micro-batch; about 1024 tokens when nothing is said."""
+    """Sequences, or images, in a micro-batch; about 1024 tokens, or patches, when nothing is said."""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
     device: str = "auto"
@@ -91,6 +97,8 @@ class Recipe:
             filled["score"] = None
         if self.inherit is None and not any(UPDATES.get(u).solves for u in filled["update"].split("+")):
             filled["inherit"] = 0.0  # the method's, which another update was put in place of
+        if self.inherit is None and self.propagate == "none":
+            filled["inherit"] = 0.0  # the method's: no error is ever handed on
         if filled["propagate"] is None:
             filled["propagate"] = "layer"
         if self.pattern is None and self.sparsity is None:
@@ -125,6 +133,11 @@ class Recipe:
                 parse_bytes(self.memory)
             except ValueError as error:
                 faults.append(str(error))
+        if self.propagate == "none" and self.inherit:
+            faults.append("--propagate none hands no errors on, so that --inherit would change nothing; leave one out")
+        faults += self._image_faults() if is_images(self.calibration) and text else []
+        if self.skip_unreadable and not is_images(self.calibration):
+            faults.append("--skip-unreadable is of images (--calibration images:FOLDER), and would change nothing here")
         try:
             pick_device(self.device)
         except ConfigurationError as error:
@@ -140,7 +153,13 @@ class Recipe:
             allocation=self.allocation,
             inherit=self.inherit,
         )
-        return faults + (check_source(self.calibration) if text else [])
+        return faults + (check_source(self.calibration) if text and not is_images(self.calibration) else [])
+
+    def _image_faults(self) -> list[str]:
+        found = images.faults(self.calibration.removeprefix(images.PREFIX))
+        if self.seqlen is not None:
+            found.append(f"--seqlen {self.seqlen} is of text: images are as large as the model's processor makes them")
+        return found
 
     def wants(self, name: str) -> bool:
         """Whether the matrix called `name` is to be pruned."""

@@ -1,6 +1,7 @@
 """One block, all micro-batches: gather the statistics of its matrices, have them pruned, move the hidden states on.
 
-Two ways (docs/design.md): `block` passes twice, once dense for the statistics and once pruned for the next block;
+Three ways (docs/design.md): `block` passes twice, once dense for the statistics and once pruned for the next block;
+`none` passes twice with dense weights and prunes then;
 `layer` passes once: every micro-batch runs in a greenlet of its own that waits before each matrix until all
 micro-batches have brought their input, the matrix is pruned, and the product runs with the pruned weights.
 
@@ -157,6 +158,20 @@ class Walk:
         Experts in several groups (`experts_memory`) take a dense pass each, the last expert first: no product depends
         on a matrix that comes after it. The statistics of all other matrices, gathered in the first, wait till the end.
         """
+        self._gather_and_prune(solve)
+        self.forward()
+
+    def prune_from_dense(self, solve: Solve) -> None:
+        """Gather, move the hidden states on with the dense weights, prune: no statistics see what was pruned."""
+        leaving = self.hidden.copy()
+        for index, call in enumerate(self.calls):
+            leaving[index] = call.run(self.block, self.hidden[index].to(self.device))
+        self._gather_and_prune(solve)
+        for index in range(len(self.calls)):
+            self.hidden[index] = leaving[index]
+        leaving.close()
+
+    def _gather_and_prune(self, solve: Solve) -> None:
         everyone = range(self.ranks.world)
         experts = [matrix for matrix in self._matrix.values() if matrix.expert is not None]
         first, *groups = groups_of(experts[::-1], self.needs, self.experts_memory)
@@ -168,7 +183,6 @@ class Walk:
             solve([(m, self._inputs.pop(m.name), everyone) for m in experts if m.name in group & self._inputs.keys()])
         solve([(matrix, self._inputs[matrix.name], everyone) for matrix in found if matrix.name in self._inputs])
         self._inputs.clear()
-        self.forward()
 
     def prune_by_layer(self, solve: Solve) -> None:
         """Prune each matrix when all micro-batches have brought its input; one pass (two streams: one pass each).

@@ -76,10 +76,10 @@ class Grid:
         grid = self.filled()
         if not grid.methods:
             raise ConfigurationError("no method is named: choose some (--methods wanda,sparsegpt) or a --preset")
-        wrong = sorted(set(grid.propagate) - {"block", "layer"})
+        wrong = sorted(set(grid.propagate) - {"none", "block", "layer"})
         if wrong:
             raise ConfigurationError(
-                [f"--propagate {way} is not a way through a block: block or layer" for way in wrong]
+                [f"--propagate {way} is not a way through a block: none, block or layer" for way in wrong]
             )
         extents: list[dict[str, Any]] = [{"sparsity": s} for s in grid.sparsity]
         extents += [{"pattern": p} for p in grid.pattern]
