@@ -1,9 +1,9 @@
 """Images: where they come from, which class they are of, and what a model's own processor makes of them.
 
 SOURCE is images: and one of
-  FOLDER          image files, at any depth; the first folder below FOLDER names the class (as torchvision's ImageFolder)
+  FOLDER          image files, at any depth; the first folder below FOLDER names the class (torchvision's ImageFolder)
   FILE.parquet    a set of the `datasets` library, with a column of images
-  hf:NAME         a set of the hub, hf:NAME:SPLIT with its split; a name can be a folder of `datasets`' save_to_disk too
+  hf:NAME         a set of the hub, hf:NAME:SPLIT with its split, or a folder that `datasets` wrote with save_to_disk
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PICTURES, _CLASSES = ("image", "img", "picture"), ("label", "labels", "class", 
 class Images:
     """The images of a source, opened when they are asked for.
 
-    names: what an image is called in messages. bytes_of: the encoded image of a number. labels: its class, None where
-    there is none. classes: names of the classes, by number.
+    label: the source, for reports. names: what an image is called in messages. read: the encoded image of a number.
+    labels: its class, None where there is none. classes: names of the classes, by number.
     """
 
     label: str
@@ -120,7 +120,10 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def pixel_values(processor: Any, images: Sequence[Any]) -> Tensor:
-    """What the processor makes of PIL images: float32 [images, channels, height, width]; ConfigurationError if uneven."""
+    """What the processor makes of PIL images: float32 [images, channels, height, width].
+
+    Raises ConfigurationError when it does not make them equal in size.
+    """
     try:
         made = processor(list(images), return_tensors="pt")["pixel_values"]
     except (ValueError, RuntimeError) as error:
@@ -184,8 +187,8 @@ def readable(
             reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
             if not skip:
                 raise ConfigurationError(
-                    f"the image {images.names[index]} cannot be read ({reason}); replace it, or leave unreadable images "
-                    "out with --skip-unreadable"
+                    f"the image {images.names[index]} cannot be read ({reason}); replace it, or leave out what cannot be "
+                    "read with --skip-unreadable"
                 ) from error
             if notes is not None:
                 notes.append(f"the image {images.names[index]} cannot be read ({reason}) and is left out")

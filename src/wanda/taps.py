@@ -112,7 +112,8 @@ class Taps(TorchFunctionMode):
             x = nn.functional.pad(x, [side for side in reversed(sides) for _ in range(2)])
         x = x.movedim(-count - 1, -1)  # [batch, ..., in]
         if set(steps) != {1}:
-            x = x[(..., *(slice(None, None, step) for step in steps), slice(None))]
+            places: Any = (..., *(slice(None, None, step) for step in steps), slice(None))
+            x = x[places]
         return [(found[0], x)]
 
     @staticmethod

@@ -173,8 +173,8 @@ def _check_timm(path: Path) -> None:
         raise MissingExtraError(f"the model {path}", "timm", "vision") from error
     except RuntimeError as error:  # a torchvision built for another torch
         raise ConfigurationError(
-            f"the model {path} needs timm, which cannot be imported ({_first_line(error)}); install the torchvision that "
-            "belongs to this torch"
+            f"the model {path} needs timm, which cannot be imported ({_first_line(error)}); install the torchvision "
+            "that belongs to this torch"
         ) from error
 
 
@@ -193,8 +193,8 @@ def classifies_images(config: Any) -> bool:
     if not text and not images:
         name = ", ".join(config.architectures or ()) or config.model_type
         raise ConfigurationError(
-            f"{name} is neither a decoder nor an image classifier; give a model that transformers' AutoModelForCausalLM "
-            "or AutoModelForImageClassification loads"
+            f"{name} is neither a decoder nor an image classifier; give a model that AutoModelForCausalLM or "
+            "AutoModelForImageClassification of transformers loads"
         )
     return images
 
