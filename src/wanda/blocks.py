@@ -225,6 +225,7 @@ def _noted(decoder: nn.Module, blocks: Blocks, ids: Tensor, answer: Answer) -> l
 
 def _noted_images(model: nn.Module, blocks: Blocks, images: Tensor, fill: float = 0.0) -> list[tuple[Call, Tensor]]:
     """The calls for images; stand-ins answer with tensors of the right shapes, which differ from stage to stage."""
+    images = images.to(next(model.parameters()).dtype)
     if blocks.modules[0] is model:
         return [(Call((), {}, 0), images)]
     leaving = {node.name: node.leaving for node in watch(model, tuple(images.shape))}

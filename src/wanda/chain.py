@@ -8,6 +8,7 @@ make such a chain; where something happens between two modules, the module aroun
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -105,6 +106,11 @@ def watch(model: nn.Module, shape: tuple[int, ...]) -> Node:
         for handle in handles:
             handle.remove()
     return root[0]
+
+
+def channels_of(model: Any) -> int:
+    """Channels of the images that a model takes."""
+    return image_shapes(model.config)[0][0]
 
 
 def image_shapes(config: Any) -> list[tuple[int, int, int]]:
@@ -219,7 +225,7 @@ def _replaces(part: list[Node], node: Node, calls: Counter[str], open_start: boo
     """Whether each call takes what the one before it gave, and the part as a whole takes and gives what `node` does."""
     if any(calls[n.name] != 1 for n in part):
         return False
-    links = [(a.leaving, a.versions[1], b.entering, b.versions[0]) for a, b in zip(part, part[1:], strict=False)]
+    links = [(a.leaving, a.versions[1], b.entering, b.versions[0]) for a, b in itertools.pairwise(part)]
     if not open_start:
         links.append((node.entering, node.versions[0], part[0].entering, part[0].versions[0]))
     if not open_end:

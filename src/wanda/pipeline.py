@@ -131,10 +131,10 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
 def prune_model(
     model: nn.Module, token_ids: Tensor | None = None, *, recipe: Recipe | None = None, **options: Any
 ) -> Report:
-    """Prune a causal language model in memory, in place.
+    """Prune a causal language model or an image classifier in memory, in place.
 
-    model: a transformers model on one device. token_ids: [samples, seqlen], without padding; None for methods that
-    need no calibration. recipe, or options: the fields of Recipe that concern a model in memory.
+    model: a transformers model on one device. token_ids: [samples, seqlen], without padding, or for a classifier images
+    [samples, channels, height, width]; None for methods that need no calibration. recipe, or options: the fields of Recipe that concern a model in memory.
     Returns the Report. Raises ConfigurationError before anything is changed, RunError on the way.
     """
     start = time.perf_counter()
@@ -145,13 +145,16 @@ def prune_model(
     if not faults:
         recipe = recipe.resolved(text=False)
         if token_ids is None and needs_of(recipe) > Needs.NOTHING:
-            faults.append(f"the method {recipe.method} needs calibration: pass token_ids [samples, seqlen]")
-    if token_ids is not None and (token_ids.ndim != 2 or 0 in token_ids.shape):
-        faults.append(f"token_ids has shape {list(token_ids.shape)}; it must be [samples, seqlen], neither of them 0")
+            faults.append(f"the method {recipe.method} needs calibration: pass token_ids")
+    chain = parts.blocks.chain
+    wanted = "[samples, seqlen]" if chain is None else "[samples, channels, height, width]"
+    if token_ids is not None and (token_ids.ndim != (2 if chain is None else 4) or 0 in token_ids.shape):
+        faults.append(f"token_ids has shape {list(token_ids.shape)}; it must be {wanted}, none of them 0")
     if faults:
         raise ConfigurationError(faults)
     tokens = token_ids if needs_of(recipe) > Needs.NOTHING else None
-    batch = recipe.batch or (max(1, 1024 // token_ids.shape[1]) if token_ids is not None else 1)
+    length = chain.positions if chain is not None else 1024 if token_ids is None else token_ids.shape[1]
+    batch = recipe.batch or max(1, 1024 // length)
     training = model.training
     model.eval()
     available = available_memory(parts.device)
@@ -164,7 +167,8 @@ def prune_model(
         model.train(training)
     calibration: dict[str, Any] = {"used": tokens is not None}
     if tokens is not None:
-        calibration |= {"source": "token_ids", "samples": tokens.shape[0], "seqlen": tokens.shape[1], "seed": None}
+        size = {"seqlen": tokens.shape[1]} if chain is None else {"image": list(tokens.shape[1:])}
+        calibration |= {"source": "token_ids", "samples": tokens.shape[0]} | size | {"seed": None}
     return Report(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         recipe=recipe.as_dict(),
@@ -326,7 +330,7 @@ class BlockLoop:
         freed = FreedMemory()
         for index in range(len(self.matrices)):
             if index < len(done):
-                entries = None if writer is None else writer.block_entries(index)
+                entries = writer.block_entries(index) if writer and self.recipe.propagate != "none" else None
                 self._replay(index, calls[index], hidden, dense, entries)
                 self.pruner.rows += done[index]
             else:
@@ -432,7 +436,9 @@ class BlockLoop:
             solve([(matrix, None, everyone) for matrix in self.matrices[index]])
             return
         walk = self._walk(index, calls, hidden, dense, self.pruner.composition.needs)
-        (walk.prune_by_block if self.recipe.propagate == "block" else walk.prune_by_layer)(solve)
+        assert self.recipe.propagate is not None
+        ways = {"none": walk.prune_from_dense, "block": walk.prune_by_block, "layer": walk.prune_by_layer}
+        ways[self.recipe.propagate](solve)
         unseen = [matrix for matrix in self.matrices[index] if matrix.name not in solved]
         for matrix in unseen:
             if matrix.expert is None:

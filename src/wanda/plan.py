@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanda.chain import channels_of, watch
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
-from wanda.checkpoint.source import load_config, resolve, stored_dtype
+from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, stored_dtype
 from wanda.checkpoint.writer import output_faults, partial_folder
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
+from wanda.images import PREFIX, calibration_images, is_images, load_processor, pixel_values
 from wanda.memory import resident_memory
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
@@ -42,6 +45,8 @@ class Plan:
     batch: sequences a micro-batch. world: processes that share the run.
     activation_folder: where activations go when memory is short, else None.
     experts_memory: bytes that the Gram matrices of a block's experts, with their factors, may take at once.
+    image: channels, height, width of an image of calibration, where those are images; seqlen is then the most places
+        (patches, pixels of a map) that an image has between blocks.
     memory: estimated peak bytes. notes: decisions the user should see.
     """
 
@@ -60,6 +65,7 @@ class Plan:
     memory: int = 0
     notes: list[str] = field(default_factory=list)
     world: int = 1
+    image: tuple[int, ...] | None = None
 
     @property
     def share(self) -> int:
@@ -68,7 +74,10 @@ class Plan:
         return min(self.recipe.samples, -(-batches // self.world) * self.batch) * self.seqlen
 
     def calibration_tokens(self) -> tuple[Tensor | None, list[str]]:
-        """Token ids [samples, seqlen] and notes on them; None when the method needs no calibration."""
+        """Token ids [samples, seqlen], or images [samples, channels, height, width], and notes on them.
+
+        None when the method needs no calibration.
+        """
         if not self.calibrated:
             return None, []
         from wanda.calibration import token_ids
@@ -76,6 +85,17 @@ class Plan:
 
         notes: list[str] = []
         recipe = self.recipe
+        if self.image is not None:
+            pixels = calibration_images(
+                recipe.calibration.removeprefix(PREFIX),
+                load_processor(self.checkpoint.folder, recipe.trust_remote_code),
+                samples=recipe.samples,
+                seed=recipe.seed,
+                skip_unreadable=recipe.skip_unreadable,
+                channels=self.image[0],
+                notes=notes,
+            )
+            return pixels, notes
         tokenizer = load_tokenizer(self.checkpoint.folder, recipe.trust_remote_code)
         ids = token_ids(
             recipe.calibration,
@@ -86,6 +106,13 @@ class Plan:
             notes=notes,
         )
         return ids, notes
+
+    def loaded_by(self) -> str:
+        """The function that loads the result."""
+        if is_timm(read_config(self.checkpoint.folder)):
+            return "timm.create_model('local-dir:DIR', pretrained=True)"
+        kind = "CausalLM" if self.skeleton.blocks.chain is None else "ImageClassification"
+        return f"AutoModelFor{kind}.from_pretrained"
 
     def pattern(self, matrix: Matrix) -> Pattern:
         """The pattern of a matrix before any allocation."""
@@ -197,15 +224,17 @@ def make_plan(
         faults += [fault for fault in error.faults if fault not in faults]
     if checkpoint is None or skeleton is None:
         raise ConfigurationError(faults)
-    seqlen, seqlen_faults = sequence_length(skeleton.model, recipe)
+    chain = skeleton.blocks.chain
+    seqlen, seqlen_faults = (chain.positions, []) if chain else sequence_length(skeleton.model, recipe)
     faults += seqlen_faults
     matrices, dense, matrix_faults = choose(skeleton.model, skeleton.blocks, recipe)
     faults += matrix_faults
     if faults:
         raise ConfigurationError(faults)
     recipe = recipe.resolved()
-    needs, notes = needs_of(recipe), []
+    needs, notes = needs_of(recipe), _blocks_notes(skeleton)
     calibrated = needs > Needs.NOTHING
+    image = image_shape(skeleton, recipe) if calibrated else None
     if not calibrated and recipe.calibration != Recipe.calibration:
         notes.append(f"calibration {recipe.calibration} is not used: {recipe.method} needs none")
     plan = Plan(
@@ -221,6 +250,7 @@ def make_plan(
         calibrated,
         notes=notes,
         world=world,
+        image=image,
     )
     _fit(plan)
     return plan
@@ -232,6 +262,43 @@ def needs_of(recipe: Recipe) -> Needs:
 
     assert recipe.update is not None and recipe.allocation is not None
     return max(Composition(recipe.score, recipe.update).needs, ALLOCATIONS.get(recipe.allocation).needs)
+
+
+def image_shape(skeleton: Skeleton, recipe: Recipe) -> tuple[int, ...] | None:
+    """Channels, height and width of the calibration images of an image classifier; None for a decoder.
+
+    Raises ConfigurationError when calibration and model do not go together, or the model has no processor, or one for
+    other images.
+    """
+    chain, folder = skeleton.blocks.chain, skeleton.checkpoint.folder
+    if (chain is not None) != is_images(recipe.calibration):
+        what = "an image classifier, which is calibrated with images: --calibration images:FOLDER"
+        text = "a decoder, which is calibrated with text: --calibration c4, builtin or a file"
+        raise ConfigurationError(f"{folder} is {what if chain is not None else text}")
+    if chain is None:
+        return None
+    from PIL import Image
+
+    mode = "L" if channels_of(skeleton.model) == 1 else "RGB"
+    made = pixel_values(load_processor(folder, recipe.trust_remote_code), [Image.new(mode, (256, 256), 128)])
+    shape = tuple(made.shape[1:])
+    try:
+        watch(skeleton.model, (1, *shape))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"{folder}: its processor makes images of {' x '.join(map(str, shape))}, which the model does not take "
+            f"({str(error).splitlines()[0]}); copy preprocessor_config.json from the original model"
+        ) from error
+    return shape
+
+
+def _blocks_notes(skeleton: Skeleton) -> list[str]:
+    """What the user should know of how an image classifier is walked."""
+    chain = skeleton.blocks.chain
+    if chain is None or len(chain.names) > 1 or len(chain.units) == 1:
+        return []
+    whole = chain.names[0] or type(skeleton.model).__name__
+    return [f"{whole} is walked as one block: its {len(chain.units)} parts do not follow one another directly"]
 
 
 def sequence_length(model: Any, recipe: Recipe) -> tuple[int, list[str]]:
@@ -253,10 +320,16 @@ def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]],
     untold: list[str] = []
     for index, block in enumerate(blocks.modules):
         found, left = find_matrices(block, blocks.prefix(index))
+        left |= {m.name: "not of a repeated layer or stage" for m in found if not blocks.prunable(m.name)}
+        found = [matrix for matrix in found if blocks.prunable(matrix.name)]
         names += [matrix.name for matrix in found] + [name for name, reason in left.items() if reason == UNTOLD]
         matrices.append(found)
         untold += [name for name, reason in left.items() if reason == UNTOLD and recipe.wants(name)]
         dense |= left
+    if blocks.chain is not None:
+        inside = tuple(blocks.prefix(index) for index in range(len(blocks)))
+        outside = [n for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(inside)]
+        dense |= dict.fromkeys(outside, "outside the blocks: patch embedding, position embedding or head")
     ordinary = [matrix.name for block in matrices for matrix in block if not matrix.router]
     routing = [glob for glob in recipe.include if not any(fnmatchcase(name, glob) for name in ordinary)]
     for index, found in enumerate(matrices):
@@ -345,7 +418,10 @@ def _fit(plan: Plan) -> None:
     steps: list[tuple[dict[str, Any], str]] = [
         ({}, ""),
         ({"activation_folder": folder}, "activations go to a file"),
-        ({"recipe": dataclasses.replace(recipe, propagate="block")}, "two passes a block (--propagate block)"),
+        (
+            {"recipe": dataclasses.replace(recipe, propagate="block")} if recipe.propagate == "layer" else {},
+            "two passes a block (--propagate block)",
+        ),
         ({"batch": 1}, "one sequence a micro-batch"),
     ]
     notes = []
@@ -405,9 +481,10 @@ def _estimate(plan: Plan) -> int:
     outside = sum(entry.nbytes for entry in entries.values())
     largest, working = 0, 0
     itemsize = skeleton.dtype.itemsize
-    config = skeleton.model.config.get_text_config()
+    chain = skeleton.blocks.chain
+    hidden_size = chain.width if chain else int(skeleton.model.config.get_text_config().hidden_size)
     tokens = plan.share
-    at_once = plan.batch * plan.seqlen if recipe.propagate == "block" else tokens
+    at_once = tokens if recipe.propagate == "layer" else plan.batch * plan.seqlen
     for index in range(len(skeleton.blocks)):
         keys = skeleton.block_keys(index)
         stored = sum(entries[key].nbytes for key in keys)
@@ -420,15 +497,18 @@ def _estimate(plan: Plan) -> int:
         if needs == Needs.GRAM:
             widths = {m.width for m in plan.matrices[index] if m.expert is None}
             one = max(widths, default=0) ** 2 * 4
-            kept = sum(w * w * 4 for w in widths) * (2 if recipe.propagate == "block" else 1)
+            kept = sum(w * w * 4 for w in widths) * (1 if recipe.propagate == "layer" else 2)
             grams = (kept + one * 4) * (2 if recipe.inherit else 1) + _experts_at_once(plan, index, needs)
-        in_flight = at_once * itemsize * (2 * int(config.hidden_size) + 3 * width) if plan.calibrated else 0
+        in_flight = at_once * itemsize * (2 * hidden_size + 3 * width) if plan.calibrated else 0
         in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
         largest = max(largest, stored * copies)
         working = max(working, most * 14 + grams + in_flight)
-    between = tokens * int(config.hidden_size) * itemsize * (2 if recipe.inherit else 1) if plan.calibrated else 0
+    streams = 2 if recipe.inherit or recipe.propagate == "none" else 1
+    between = tokens * hidden_size * itemsize * streams if plan.calibrated else 0
     if plan.activation_folder is not None:
         between = 0
+    if plan.image is not None:
+        between += recipe.samples * math.prod(plan.image) * 4
     head = outside if plan.calibrated else 0
     return (resident_memory() or _UNTOLD) + _SLACK + max(head, largest + working) + between
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from wanda.checkpoint.reader import Checkpoint
+from wanda.checkpoint.source import is_timm, read_config
 from wanda.checkpoint.tensors import Entry, read_header, sync_folder, write_file
 from wanda.errors import ConfigurationError, RunError
 
@@ -110,13 +111,17 @@ class Writer:
     def finish(self, files: Mapping[str, str]) -> None:
         """Write the tensors outside the blocks, the index, the input's other files and `files` (name to text), rename.
 
-        From here on a kill leaves either a resumable DIR.partial or the whole DIR.
+        A model of timm's format is one file, which is all that timm reads. From here on a kill leaves either a resumable DIR.partial or the whole DIR.
         """
         inside = {key for keys in self._blocks for key in keys}
         outside = {key: entry for key, entry in self.source.entries.items() if key not in inside}
-        count = len(self._blocks) + bool(outside)
+        single = is_timm(read_config(self.source.folder))
+        count = 0 if single else len(self._blocks) + bool(outside)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if outside:
+        if single:
+            blocks = {k: e for index in range(len(self._blocks)) for k, e in self.block_entries(index).items()}
+            write_file(self.folder / "model.safetensors", blocks | outside, {"format": "pt"})
+        elif outside:
             write_file(self.folder / names[-1], outside, {"format": "pt"})
         weight_map = {
             key: name for name, keys in zip(names, [*self._blocks, list(outside)], strict=False) for key in keys
@@ -130,7 +135,7 @@ class Writer:
                 if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OURS:
                     shutil.copyfile(file, self.folder / file.name)
                     _sync(self.folder / file.name)
-            for name, text in {INDEX: json.dumps(index_text, indent=2) + "\n", **files}.items():
+            for name, text in {**({} if single else {INDEX: json.dumps(index_text, indent=2) + "\n"}), **files}.items():
                 (self.folder / name).write_text(text, encoding="utf-8")
                 _sync(self.folder / name)
             sync_folder(self.folder)

@@ -35,6 +35,7 @@ class Report:
     model_weights: int = 0
     command: str | None = None
     out: str | None = None
+    loaded_by: str = "AutoModelForCausalLM.from_pretrained"
 
     @classmethod
     def of(
@@ -44,7 +45,8 @@ class Report:
         recipe = plan.recipe
         calibration: dict[str, Any] = {"used": plan.calibrated}
         if plan.calibrated:
-            calibration |= {"source": recipe.calibration, "samples": recipe.samples, "seqlen": plan.seqlen}
+            length = {"seqlen": plan.seqlen} if plan.image is None else {"image": list(plan.image)}
+            calibration |= {"source": recipe.calibration, "samples": recipe.samples} | length
             calibration |= {"seed": recipe.seed, "dtype": str(plan.skeleton.dtype).removeprefix("torch.")}
         return cls(
             model=plan.model,
@@ -58,6 +60,7 @@ class Report:
             model_weights=sum(_numel(entry.shape) for entry in plan.checkpoint.entries.values()),
             command=command,
             out=str(plan.out),
+            loaded_by=plan.loaded_by(),
         )
 
     @property

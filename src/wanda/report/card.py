@@ -29,8 +29,8 @@ def model_card(report: Report, paper: str) -> str:
         "---",
         f"# {report.model.rstrip('/').rpartition('/')[2]}, {report.sparsity:.1%} sparse",
         "",
-        f"{report.removed:,} of the {report.weights:,} weights of its decoder layers were removed without retraining",
-        f"from `{report.model}`. It loads with `AutoModelForCausalLM.from_pretrained` like any other checkpoint.",
+        f"{report.removed:,} of the {report.weights:,} weights of its blocks were removed without retraining",
+        f"from `{report.model}`. It loads with `{report.loaded_by}` like any other checkpoint.",
         "",
         f"- Method: `{recipe['method']}`: {paper}",
         f"- Axes: score `{recipe['score']}`, {_competes(recipe)}, update `{recipe['update']}`, "
@@ -72,6 +72,9 @@ def _calibration(report: Report) -> str:
     used = report.calibration
     if not used.get("used"):
         return "none needed"
+    if "image" in used:
+        size = " x ".join(map(str, used["image"]))
+        return f"{used['samples']} images ({size}) of `{used['source']}`, seed {used['seed']}"
     return f"{used['samples']} sequences of {used['seqlen']} tokens of `{used['source']}`, seed {used['seed']}"
 
 
