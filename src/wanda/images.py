@@ -187,8 +187,8 @@ def readable(
             reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
             if not skip:
                 raise ConfigurationError(
-                    f"the image {images.names[index]} cannot be read ({reason}); replace it, or leave out what cannot be "
-                    "read with --skip-unreadable"
+                    f"the image {images.names[index]} cannot be read ({reason}); replace it, or leave out what "
+                    "cannot be read with --skip-unreadable"
                 ) from error
             if notes is not None:
                 notes.append(f"the image {images.names[index]} cannot be read ({reason}) and is left out")

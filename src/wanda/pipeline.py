@@ -134,7 +134,8 @@ def prune_model(
     """Prune a causal language model or an image classifier in memory, in place.
 
     model: a transformers model on one device. token_ids: [samples, seqlen], without padding, or for a classifier images
-    [samples, channels, height, width]; None for methods that need no calibration. recipe, or options: the fields of Recipe that concern a model in memory.
+    [samples, channels, height, width]; None for methods that need no calibration.
+    recipe, or options: the fields of Recipe that concern a model in memory.
     Returns the Report. Raises ConfigurationError before anything is changed, RunError on the way.
     """
     start = time.perf_counter()

@@ -64,9 +64,9 @@ def print_plan(plan: Plan) -> None:
         f"method {recipe.method}: score {recipe.score}, update {recipe.update}, allocation {recipe.allocation}"
     )
     if plan.calibrated:
-        size = f"{plan.seqlen} tokens" if plan.image is None else f"({' x '.join(map(str, plan.image))}) images"
+        each = f"{plan.seqlen} tokens" if plan.image is None else f"({' x '.join(map(str, plan.image))}) images"
         console.print(
-            f"calibration {recipe.calibration}: {recipe.samples} x {size}, {plan.batch} at a time,"
+            f"calibration {recipe.calibration}: {recipe.samples} x {each}, {plan.batch} at a time,"
             f" propagate {recipe.propagate}"
         )
     console.print(
