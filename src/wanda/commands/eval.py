@@ -1,4 +1,4 @@
-"""`wanda eval`: perplexity, distance from the dense model, and tasks, of one model or of several side by side."""
+"""`wanda eval`: perplexity, distance from the dense model, tasks, and images, of one or more models side by side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from wanda.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from wanda.evaluation.accuracy import Accuracy
     from wanda.evaluation.perplexity import Perplexity
     from wanda.evaluation.tasks import Score
 
@@ -39,13 +40,17 @@ class Options:
     fewshot: int | None = None
     """Examples in front of every question; what the task says when nothing is said."""
     limit: int | None = None
-    """Score the first so many records of every task only."""
+    """Score the first so many records of every task only, or so many images, drawn at random with seed 0."""
+    images: str | None = None
+    """Top-1 and top-5 of image classifiers on FOLDER (a folder a class), FILE.parquet or hf:NAME[:SPLIT]."""
+    skip_unreadable: Annotated[bool, Parameter(negative="")] = False
+    """Leave images out that cannot be read, instead of stopping at the first."""
     data: Path | None = None
     """Folder of local copies of the tasks' data sets, for work without a network."""
     include_path: Path | None = None
     """Folder of task files of your own."""
     batch: int | None = None
-    """Windows (or task requests) in a forward pass; what memory allows (8) when nothing is said."""
+    """Windows (task requests, images) in a forward pass; what memory allows (8, 32) when nothing is said."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
     device: str = "auto"
@@ -67,6 +72,7 @@ class Result:
     perplexity: Perplexity | None = None
     scores: Sequence[Score] = ()
     mean: float | None = None
+    accuracy: Accuracy | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -75,11 +81,14 @@ class Result:
             "perplexity": None if self.perplexity is None else self.perplexity.as_dict(),
             "tasks": [vars(score) for score in self.scores],
             "mean_of_paper": self.mean,
+            "images": None if self.accuracy is None else self.accuracy.as_dict(),
         }
 
 
 def eval_command(*models: str, options: Options | None = None) -> None:
-    """Measure perplexity on a text, or tasks, of one or more models; results also go into a pruned folder's wanda.json.
+    """Measure perplexity on a text, tasks, or accuracy on images, of one or more models.
+
+    Results also go into a pruned folder's wanda.json and onto its model card.
 
     Parameters
     ----------
@@ -102,6 +111,8 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     from wanda.evaluation.record import record
     from wanda.evaluation.tasks import load_tasks, mean_of_paper
 
+    if options.images is not None:
+        return _evaluate_images(models, options)
     folders, seqlen = _check(models, options)
     tasks = [name for part in options.tasks for name in part.split(",") if name]
     suite = None
@@ -140,6 +151,65 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
     return results
 
 
+def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
+    """Accuracy of every image classifier named; all faults of the request are one error."""
+    from wanda.checkpoint.source import classifies_images, load_classifier, load_config, resolve
+    from wanda.device import pick_device
+    from wanda.evaluation.accuracy import measure
+    from wanda.evaluation.record import record
+    from wanda.images import faults as image_faults
+    from wanda.images import load_processor
+
+    assert options.images is not None
+    faults = [] if models else ["no model is named: wanda eval MODEL [MODEL ...]"]
+    of_text = ("text", "seqlen", "windows", "against", "fewshot", "data", "include_path")
+    given = [name for name in of_text if getattr(options, name) is not None]
+    given += [name for name in ("tasks", "stream") if getattr(options, name)]
+    if given:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        faults.append(f"{flags} would change nothing beside --images, which measures image classifiers; leave it out")
+    for option in ("batch", "limit"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            faults.append(f"--{option} {value} has to be at least 1")
+    faults += image_faults(options.images)
+    try:
+        pick_device(options.device)
+    except ConfigurationError as error:
+        faults += error.faults
+    folders = {}
+    for name in dict.fromkeys(models):
+        try:
+            folders[name] = resolve(name, options.trust_remote_code)
+            if not classifies_images(load_config(folders[name], options.trust_remote_code)):
+                faults.append(f"{name} is no image classifier; measure language models with --text or --tasks")
+            else:
+                load_processor(folders[name], options.trust_remote_code)
+        except ConfigurationError as error:
+            faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]
+    if faults:
+        raise ConfigurationError(faults)
+    results = []
+    for name in models:
+        model = load_classifier(folders[name], options.dtype, options.device, options.trust_remote_code)
+        processor = load_processor(folders[name], options.trust_remote_code)
+        accuracy = measure(
+            model,
+            processor,
+            options.images,
+            limit=options.limit,
+            batch=options.batch or 32,
+            skip_unreadable=options.skip_unreadable,
+        )
+        for note in accuracy.notes:
+            _log(f"{name}: {note}")
+        record(folders[name], "images", {f"{accuracy.source}, {accuracy.images} images": accuracy.as_dict()})
+        results.append(Result(name, folders[name], accuracy=accuracy))
+        del model
+        gc.collect()
+    return results
+
+
 def _streamed(folder: Path, ids: Any, batch: int, options: Options) -> Any:
     from wanda.evaluation.stream import Streamed
 
@@ -165,6 +235,8 @@ def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], in
         faults += _unused(options, ("against", "seqlen", "windows"), "without a text (--text)")
     if not options.tasks:
         faults += _unused(options, ("fewshot", "limit", "data", "include_path"), "without tasks (--tasks)")
+    if options.skip_unreadable:
+        faults.append("--skip-unreadable would change nothing without images (--images); leave it out")
     if options.stream and options.tasks:
         faults.append("--stream measures perplexity only; leave out --tasks, or --stream")
     try:
@@ -226,6 +298,17 @@ def _show(results: Sequence[Result], options: Options) -> None:
         console.print(table)
         if options.against:
             console.print(f"KL: mean divergence from {options.against}, nats a token")
+    accuracies = [(result.model, result.accuracy) for result in results if result.accuracy is not None]
+    if accuracies:
+        table = Table(title=f"{accuracies[0][1].source}: {accuracies[0][1].images} images", title_justify="left")
+        table.add_column("model", overflow="fold")
+        for name in ("top-1", "top-5", "images/s", "dtype"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for model, found in accuracies:
+            top5 = "-" if found.top5 is None else f"{found.top5:.2%} ± {found.top5_error:.2%}"
+            rate = f"{found.images_per_second:.1f}"
+            table.add_row(model, f"{found.top1:.2%} ± {found.top1_error:.2%}", top5, rate, found.dtype)
+        console.print(table)
     if results and results[0].scores:
         table = Table(title="tasks", title_justify="left")
         table.add_column("task")
