@@ -196,7 +196,7 @@ def quality(model: Path, config: dict[str, Any]) -> dict[str, Any]:
                         "method": name,
                         "pattern": target.get("pattern") or f"{target['sparsity']:.0%}",
                         "perplexity": perplexity(out, seqlen=seqlen, dtype=config["dtype"]).perplexity,
-                        "sparsity": report.totals()["sparsity"],
+                        "sparsity": report.as_dict()["totals"]["sparsity"],
                         "seconds": report.seconds,
                         "pruned_by_magnitude_for_want_of_tokens": few,
                     }

@@ -278,7 +278,7 @@ class Pruner:
                 "sparsity": removed / matrix.numel,
                 "relative_error": pruned.relative_error,
                 "error": None if pruned.relative_error is None else how,
-                "tokens": statistics.tokens,
+                "tokens": tokens,
                 "seconds": round(time.perf_counter() - start, 4),
                 "notes": [*notes, *pruned.notes],
             }

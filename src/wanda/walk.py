@@ -108,13 +108,10 @@ class Walk:
         wanted: only these. again: the block was passed before, and the dense stream moved on.
         """
         order: list[str] = []
-        ran: dict[str, None] = {}  # experts modules, in the order in which they ran
         self._wanted = self._matrix if wanted is None else wanted
 
         def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
             for matrix, x in hits:
-                if matrix.expert is not None:
-                    ran.setdefault(_home(matrix))
                 if self._counts(matrix):
                     if current == 0:
                         order.append(matrix.name)
@@ -141,9 +138,6 @@ class Walk:
                 pass
         self._last.clear()
         self._wanted = self._matrix
-        homes = dict.fromkeys(_home(matrix) for matrix in self._matrix.values() if matrix.expert is not None)
-        if wanted is not None and list(ran) != [home for home in homes if home in ran]:
-            raise RunError(f"{' and '.join(ran)} run in another order than they stand in; use --propagate layer")
         self.ranks.reduce(self._inputs, self._empty)
         return [matrix for matrix in self._matrix.values() if matrix.name in self._inputs]
 
@@ -175,6 +169,8 @@ class Walk:
         everyone = range(self.ranks.world)
         experts = [matrix for matrix in self._matrix.values() if matrix.expert is not None]
         first, *groups = groups_of(experts[::-1], self.needs, self.experts_memory)
+        if groups:
+            first, *groups = groups_of(self._as_they_run(experts)[::-1], self.needs, self.experts_memory)
         later = {name for group in groups for name in group}
         found = self.gather(self._matrix.keys() - later if later else None)
         for group in [first, *groups] if later else []:
@@ -183,6 +179,20 @@ class Walk:
             solve([(m, self._inputs.pop(m.name), everyone) for m in experts if m.name in group & self._inputs.keys()])
         solve([(matrix, self._inputs[matrix.name], everyone) for matrix in found if matrix.name in self._inputs])
         self._inputs.clear()
+
+    def _as_they_run(self, experts: Sequence[Matrix]) -> list[Matrix]:
+        """Experts in the order in which their modules run, as the first micro-batch shows it."""
+        ran: dict[str, None] = {}
+
+        def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
+            ran.update(dict.fromkeys(_home(matrix) for matrix, _ in hits))
+            return compute()
+
+        if self.calls:
+            with Taps(self._parameters, experts, on_product):
+                self.calls[0].run(self.block, self.hidden[0].to(self.device))
+        order: list[str] = next((told for told in self.ranks.exchange(list(ran)) if told), [])
+        return sorted(experts, key=lambda m: order.index(_home(m)) if _home(m) in order else len(order))
 
     def prune_by_layer(self, solve: Solve) -> None:
         """Prune each matrix when all micro-batches have brought its input; one pass (two streams: one pass each).
