@@ -192,9 +192,9 @@ def test_experts_whose_layout_nothing_tells_are_refused_with_the_cure() -> None:
             super().__init__()
             self.mlp = nn.Module()
             self.mlp.experts = nn.Module()
-            self.mlp.experts.maps = nn.Parameter(torch.zeros(4, 8, 8))
-            self.mlp.router = nn.Linear(8, 4)
-            self.mlp.shared = nn.Linear(8, 8)
+            self.mlp.experts.maps = nn.Parameter(torch.zeros(4, 32, 32))
+            self.mlp.router = nn.Linear(32, 4)
+            self.mlp.shared = nn.Linear(32, 32)
 
     model = nn.Module()
     model.layers = nn.ModuleList([Block(), Block()])
