@@ -208,8 +208,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(path, trust_remote_code)
-    return _loaded(path, config, AutoModelForCausalLM, dtype, device, trust_remote_code=trust_remote_code)[0]
+    stored = stored_dtype(load_config(path, trust_remote_code))
+    return _loaded(path, stored, AutoModelForCausalLM, dtype, device, trust_remote_code=trust_remote_code)[0]
 
 
 def load_classifier(
@@ -225,18 +225,18 @@ def load_classifier(
     if not classifies_images(config):
         raise ConfigurationError(f"{path} is no image classifier; measure language models with --text or --tasks")
     options = {"config": config, "trust_remote_code": trust_remote_code}
-    model, missing = _loaded(path, config, AutoModelForImageClassification, dtype, device, **options)
+    model, missing = _loaded(path, stored_dtype(config), AutoModelForImageClassification, dtype, device, **options)
     if missing:
         raise ConfigurationError(f"{path} lacks {missing[0]}: {NO_HEAD}")
     return model
 
 
 def _loaded(
-    path: Path, config: Any, auto_class: Any, dtype: str, device: str | torch.device, **options: Any
+    path: Path, stored: torch.dtype | None, auto_class: Any, dtype: str, device: str | torch.device, **options: Any
 ) -> tuple[Any, list[str]]:
     """The model that an auto class of transformers loads, and the names of parameters that the files lack."""
     place = pick_device(device) if isinstance(device, str) else device
-    kind = compute_dtype(place, dtype, stored_dtype(config))
+    kind = compute_dtype(place, dtype, stored)
     try:
         with bars_on_terminals_only():
             model, told = auto_class.from_pretrained(
