@@ -11,28 +11,9 @@ from hypothesis import strategies as st
 
 from problems import PATTERNS
 from wanda.errors import ConfigurationError
-from wanda.patterns import NM, Unstructured, Variant, exact, group_named, lowest, lowest_of_few
+from wanda.patterns import NM, Unstructured, Variant, exact, group_named
 
 seeds = st.integers(0, 10**6)
-
-
-def sorted_lowest(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """By the definition: a stable ascending sort of every row."""
-    marked = torch.zeros_like(scores, dtype=torch.bool)
-    for row, count in enumerate(counts):
-        marked[row, sorted(range(scores.shape[1]), key=lambda j: (float(scores[row, j]), j))[:count]] = True
-    return marked
-
-
-@settings(max_examples=60, deadline=None)
-@given(seeds, st.integers(1, 7), st.integers(1, 40), st.integers(1, 30), st.data())
-def test_lowest_is_a_stable_sort(seed: int, groups: int, n: int, levels: int, data: st.DataObject) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (groups, n), generator=generator).float()  # few levels: many ties
-    counts = data.draw(st.lists(st.integers(0, n), min_size=groups, max_size=groups))
-    assert torch.equal(lowest(scores, counts), sorted_lowest(scores, counts))
-    assert torch.equal(lowest(scores, counts[0]), sorted_lowest(scores, [counts[0]] * groups))
-    assert torch.equal(lowest_of_few(scores, counts[0]), sorted_lowest(scores, [counts[0]] * groups))
 
 
 def test_counts_are_those_of_the_exact_decimal() -> None:

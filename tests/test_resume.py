@@ -119,14 +119,14 @@ def stopped(source: Path, folder: Path, options: dict[str, Any], after: int) -> 
     with pytest.MonkeyPatch.context() as monkeypatch:
         count = 0
 
-        def write(path: Path, *args: Any, **kwargs: Any) -> int:
+        def stage(path: Path, *args: Any, **kwargs: Any) -> Any:
             nonlocal count
             count += 1
             if count > after:
                 raise RunError("disk full")
-            return tensors.write_file(path, *args, **kwargs)
+            return tensors.stage_file(path, *args, **kwargs)
 
-        monkeypatch.setattr(writer, "write_file", write)
+        monkeypatch.setattr(writer, "stage_file", stage)
         with pytest.raises(RunError, match=f"{after} finished blocks are kept .* --resume"):
             prune(source, out=out, **options)
     return out
@@ -161,10 +161,10 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source: Path, text:
     options = OPTIONS | {"calibration": text}
     with pytest.MonkeyPatch.context() as monkeypatch:
 
-        def write(*args: Any, **kwargs: Any) -> int:
+        def stage(*args: Any, **kwargs: Any) -> Any:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(writer, "write_file", write)
+        monkeypatch.setattr(writer, "stage_file", stage)
         with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
             prune(source, out=tmp_path / "out", **options)
     prune(source, out=tmp_path / "out", resume=True, **options)

@@ -102,6 +102,7 @@ def prune(
     except RunError as error:
         if writer is None:
             raise
+        writer.close()  # the last block may still be on its way to the disk
         kept = f"{len(writer.done)} finished blocks are kept in {writer.folder}: mend it, then go on with --resume"
         raise RunError(f"{error}\n{kept}") from error
     finally:

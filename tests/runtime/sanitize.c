@@ -4,9 +4,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "columns.h"
 #include "gram.h"
 #include "numbers.h"
 #include "packed.h"
+#include "select.h"
 
 static uint64_t state = 88172645463325252u;
 
@@ -122,6 +124,33 @@ static int token_products(int64_t tokens, int64_t rows, int64_t columns) {
     return wrong;
 }
 
+static int selections(int64_t rows, int64_t n, int levels) {
+    float *scores = malloc((size_t)(rows * n) * 4), *sums = calloc((size_t)n, 4);
+    uint8_t *marked = malloc((size_t)(rows * n));
+    int64_t *counts = malloc((size_t)rows * 8);
+    int wrong = 0;
+    for (int64_t i = 0; i < rows * n; i++) scores[i] = (float)(next_random() % (uint64_t)levels) - 2;
+    for (int64_t i = 0; i < rows; i++) counts[i] = (int64_t)(next_random() % (uint64_t)(n + 1));
+    for (int level = 0; level <= best_level(); level++) {
+        const selection s = {rows, n, scores, n, counts, 1, marked};
+        for (int few = 0; few <= (n <= 32); few++) {
+            (few ? mark_lowest_of_few : mark_lowest)(&s, level, 2, 0);
+            for (int64_t row = 0; row < rows; row++) {
+                int64_t count = 0;
+                for (int64_t j = 0; j < n; j++) count += marked[row * n + j];
+                wrong |= count != counts[row];
+            }
+        }
+        const column_squares c = {KIND_F32, rows, n, scores, n, sums};
+        add_column_squares(&c, level, 2, 0);
+    }
+    clear_lost(4, rows, n, scores, n, marked, 2, 0);
+    clear_lost(2, rows, n, scores, n, marked, 2, 0);
+    if (wrong) printf("selection: wrong counts of %lldx%lld\n", (long long)rows, (long long)n);
+    free(scores), free(sums), free(marked), free(counts);
+    return wrong;
+}
+
 int main(void) {
     const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49}, columns[] = {1, 5, 16, 17, 70};
     const int percents[] = {0, 3, 50, 100};
@@ -131,5 +160,7 @@ int main(void) {
             for (int h = 0; h < 2; h++)
                 for (int c = 0; c < 5; c++)
                     for (int s = 0; s < 4; s++) wrong |= one(kind, heights[h], widths[w], columns[c], percents[s]);
+    wrong |= selections(3, 1, 5) | selections(50, 7, 9) | selections(9, 700, 100000) | selections(1, 40000, 1 << 30) |
+             selections(1, 40000, 3);
     return wrong;
 }

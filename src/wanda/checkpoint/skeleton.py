@@ -65,6 +65,9 @@ class Skeleton:
         stored: dict[str, Tensor] = {}
         for group in self.block_groups(index):
             stored.update(self.names.load(group, entries))
+        if index + 1 < len(self.blocks):
+            for key in self.block_keys(index + 1):
+                self.checkpoint.entries[key].read_ahead()
         self._fill(stored, self.blocks.modules[index], self.blocks.prefix(index))
         return stored
 

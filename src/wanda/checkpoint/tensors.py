@@ -10,9 +10,10 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -71,6 +72,16 @@ class Entry:
                 raise RunError(f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file") from error
         return tensor
 
+    def read_ahead(self) -> None:
+        """Have the system read the tensor from the disk into its page cache while this process goes on."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            with contextlib.suppress(OSError):  # read() will tell
+                descriptor = os.open(self.file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one safetensors file, every offset checked against the file's size.
@@ -121,6 +132,16 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapp
     Tensors are laid out in the order of the mapping; an Entry is copied from its file in pieces, never whole in memory.
     Raises RunError when the disk is full or cannot be written; nothing is left under `path` then.
     """
+    return stage_file(path, tensors, metadata, align)()
+
+
+def stage_file(
+    path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8
+) -> Callable[[], int]:
+    """The first half of `write_file`: all is written under the temporary name, and the tensors are free to go.
+
+    Returns the second half, to be called once: flushes to the disk, renames, returns the size in bytes.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, tensor in tensors.items():
@@ -134,24 +155,42 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapp
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % align)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(len(head).to_bytes(8, "little") + head)
-            for tensor in tensors.values():
-                for piece in _pieces(tensor):
-                    stream.write(piece)
-            stream.flush()
+
+    @contextlib.contextmanager
+    def closing_on_error() -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+            if not isinstance(error, OSError):
+                raise
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise RunError(
+                f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
+            ) from error
+
+    stream: BinaryIO | None = None
+    with closing_on_error():
+        stream = open(temporary, "wb")  # noqa: SIM115
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            for piece in _pieces(tensor):
+                stream.write(piece)
+        stream.flush()
+
+    def commit() -> int:
+        assert stream is not None
+        with closing_on_error():
             os.fsync(stream.fileno())
-            size = stream.tell()
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
-        ) from error
-    return size
+            stream.close()
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        return 8 + len(head) + offset
+
+    return commit
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -3,15 +3,18 @@
 Everything is built in DIR.partial and renamed once at the end. Each finished block is a shard of its own: written under
 a temporary name, flushed, renamed; then one line of the journal, flushed, says that it is done. A line that a kill cut
 short is dropped, and so is its block. The order matters: a line in the journal means that its shard is on the disk.
+From the flush on all that happens, in this order, on a thread, while the next block is computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import is_timm, read_config
-from wanda.checkpoint.tensors import Entry, read_header, sync_folder, write_file
+from wanda.checkpoint.tensors import Entry, read_header, stage_file, sync_folder, write_file
 from wanda.errors import ConfigurationError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -69,6 +72,8 @@ class Writer:
         self.done: list[list[dict[str, Any]]] = []
         self.facts: dict[str, Any] = {}
         self._blocks: list[list[str]] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / _LOCK, "w", encoding="ascii")  # noqa: SIM115
@@ -92,12 +97,22 @@ class Writer:
             raise
 
     def write_block(self, index: int, tensors: Mapping[str, Tensor | Entry], rows: list[dict[str, Any]]) -> None:
-        """Write block `index` (tensors by disk key) as a shard and journal its report rows."""
-        name = f"block-{index:05d}.safetensors"
-        write_file(self.folder / name, tensors, {"format": "pt"})
-        self._blocks.append(list(tensors))
-        self._append({"block": index, "rows": rows})
-        self.done.append(rows)
+        """Write block `index` (tensors by disk key) as a shard and journal its report rows.
+
+        The tensors are written on return; flushing and journaling go on meanwhile. Raises RunError for this block, or
+        for the one before if that failed after its return.
+        """
+        self._settle()
+        commit = stage_file(self.folder / f"block-{index:05d}.safetensors", tensors, {"format": "pt"})
+        keys = list(tensors)
+
+        def finish_block() -> None:
+            commit()
+            self._append({"block": index, "rows": rows})
+            self._blocks.append(keys)
+            self.done.append(rows)
+
+        self._pending = self._thread.submit(finish_block)
 
     def block_entries(self, index: int) -> dict[str, Entry]:
         """The tensors of a finished block, by disk key."""
@@ -111,8 +126,10 @@ class Writer:
     def finish(self, files: Mapping[str, str]) -> None:
         """Write the tensors outside the blocks, the index, the input's other files and `files` (name to text), rename.
 
-        A model of timm's format is one file, which is all that timm reads. From here on a kill leaves either a resumable DIR.partial or the whole DIR.
+        A model of timm's format is one file, which is all that timm reads. From here on a kill leaves either a
+        resumable DIR.partial or the whole DIR.
         """
+        self._settle()
         inside = {key for keys in self._blocks for key in keys}
         outside = {key: entry for key, entry in self.source.entries.items() if key not in inside}
         single = is_timm(read_config(self.source.folder))
@@ -152,8 +169,17 @@ class Writer:
         self._lock.close()
 
     def close(self) -> None:
-        """Let go of the folder, leaving it for --resume."""
+        """Let go of the folder, leaving it for --resume, once the last block is on the disk or has failed."""
+        with contextlib.suppress(RunError):  # the run ends with an earlier error, or has raised this one already
+            self._settle()
+        self._thread.shutdown()
         self._lock.close()
+
+    def _settle(self) -> None:
+        """Wait for the block that is being flushed; raises its RunError."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def _append(self, line: dict[str, Any]) -> None:
         try:

@@ -63,6 +63,8 @@ INLINE threshold narrow(const float *x, int64_t n, int64_t wanted) {
     const float low = rank > SPREAD ? bisect(sample, SAMPLE, rank - SPREAD).value : -INFINITY;
     const float high = rank + SPREAD < SAMPLE ? bisect(sample, SAMPLE, rank + SPREAD).value : INFINITY;
     const int64_t below = count_below(x, n, low), between = count_below(x, n, high) - below;
+    if (below == wanted) return (threshold){low, below};
+    if (below + between == wanted) return (threshold){high, wanted};
     if (below > wanted || below + between < wanted || between > n / 2) return bisect(x, n, wanted);
     float *kept = malloc((size_t)(between + 1) * sizeof *kept);
     if (!kept) return bisect(x, n, wanted);

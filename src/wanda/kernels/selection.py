@@ -42,7 +42,7 @@ def lowest(scores: Tensor, counts: int | Sequence[int]) -> Tensor:
 
 
 def lowest_of_few(scores: Tensor, count: int) -> Tensor:
-    """`lowest` for rows of at most FEW entries, scores [groups, m]: every entry's rank by comparison with the others."""
+    """`lowest` for rows of at most FEW entries, scores [groups, m]: every entry is compared with all others."""
     if _compiled(scores):
         return _marked(scores, count, few=True)
     groups, m = scores.shape
