@@ -30,9 +30,8 @@ _X_TIMES_W = {  # the arguments (input, weight) of a product input @ weight
     torch.baddbmm: (1, 2),
     Tensor.addmm: (1, 2),
 }
-
-
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)  # those of torch.nn.functional are the same
+_PRODUCTS = frozenset({nn.functional.linear, *_X_TIMES_W, *_CONVOLUTIONS})
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
@@ -67,6 +66,8 @@ class Taps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _PRODUCTS:  # nearly all calls: experts make many small ones
+            return func(*args, **kwargs)
         hits: list[Hit] = []
         if func is nn.functional.linear:
             hits = self._match(args[0], args[1] if len(args) > 1 else kwargs["weight"], contracted=-1)
