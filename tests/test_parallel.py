@@ -25,7 +25,7 @@ from wanda.parallel import Ranks
 
 LLAMA = "--samples 10 --seqlen 32 --batch 1"
 ROUTED = "--samples 4 --seqlen 3 --batch 1 --expert-tokens 1"  # a rank of four sees few of the experts
-RUNS = {  # name: model and options
+RUNS = {  # name: model, options, and what is run before
     "llama-block": ("llama", f"{LLAMA} --propagate block"),
     "llama-layer": ("llama", f"{LLAMA} --propagate layer"),
     "mixtral-block": ("mixtral", f"{ROUTED} --propagate block"),
@@ -37,9 +37,17 @@ RUNS = {  # name: model and options
     "sparsegpt-block": ("llama", f"{LLAMA} --method sparsegpt --propagate block"),
     "sparsegpt-layer": ("llama", f"{LLAMA} --method sparsegpt --propagate layer"),
     "sparsegpt-experts": ("mixtral", f"{ROUTED} --method sparsegpt"),
+    "sparsegpt-groups": (
+        "mixtral",
+        f"{ROUTED} --method sparsegpt --propagate block",
+        "import wanda.plan; wanda.plan.available_memory = lambda device: 80000",  # one Gram matrix at once
+    ),
     "inherit": ("llama", f"{LLAMA} --method wanda --update pcg --inherit 0.5"),
 }
-FOUR = ("llama-block", "llama-layer", "mixtral-block", "mixtral-layer", "short", "sparsegpt-layer")  # on 4 too
+FOUR = (  # on 4 too
+    *("llama-block", "llama-layer", "mixtral-block", "mixtral-layer", "short", "sparsegpt-layer"),
+    "sparsegpt-groups",
+)
 
 
 @pytest.fixture(scope="module")
