@@ -15,7 +15,7 @@ from architectures import saved, tiny
 from models import LINES, VOCABULARY, tiny_tokenizer
 from wanda.allocation import ALLOCATIONS
 from wanda.blocks import Blocks
-from wanda.errors import ConfigurationError
+from wanda.errors import ConfigurationError, RunError
 from wanda.pipeline import BlockLoop, prune, prune_model
 from wanda.plan import Plan, choose
 from wanda.recipe import Recipe
@@ -123,6 +123,15 @@ def test_sending_every_token_to_every_expert_leaves_the_activations_alone() -> N
         before = model(input_ids=ids).logits
         prune_model(model, ids, sparsity=0.0, experts="all", propagate="layer")
         assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_model_that_runs_its_experts_in_grouped_products_is_pruned_like_any_other() -> None:
+    plain, grouped = tiny("mixtral", num_hidden_layers=2), tiny("mixtral", num_hidden_layers=2)
+    grouped.set_experts_implementation("grouped_mm")  # what from_pretrained chooses
+    for model in (plain, grouped):
+        prune_model(model, tokens(2), expert_tokens=1)
+    assert grouped.get_experts_implementation()[""] == "grouped_mm"
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), grouped.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind, name", [("mixtral", "mlp.gate"), ("phimoe", "mlp.router")])  # a parameter, a Linear
@@ -355,3 +364,12 @@ def test_only_tokens_that_were_sent_to_an_expert_count(kind: str, each: int) -> 
 
 def model_part(kind: str) -> str:
     return "feed_forward" if kind == "llama4_text" else "mlp"
+
+
+def test_experts_that_no_product_shows_are_an_error_and_not_pruned_by_magnitude(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = tiny("mixtral", num_hidden_layers=2)
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "forward", lambda self, x, *_: x)
+    with pytest.raises(RunError, match=r"gate_up_proj.0 was not multiplied with anything.*--exclude"):
+        prune_model(model, tokens(2))

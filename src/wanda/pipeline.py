@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,7 +165,8 @@ def prune_model(
         parts, recipe, matrices, tokens, batch, experts_memory=None if available is None else available // EXPERTS_SHARE
     )
     try:
-        loop.run(Progress(len(matrices), shown=False))
+        with _experts_one_by_one(model, matrices):
+            loop.run(Progress(len(matrices), shown=False))
     finally:
         model.train(training)
     calibration: dict[str, Any] = {"used": tokens is not None}
@@ -181,6 +183,20 @@ def prune_model(
         peak_memory_bytes=peak_memory(),
         model_weights=sum(p.numel() for p in model.parameters()),
     )
+
+
+@contextlib.contextmanager
+def _experts_one_by_one(model: Any, matrices: Sequence[Sequence[Matrix]]) -> Iterator[None]:
+    """transformers' grouped products hide which expert multiplies what: meanwhile experts run in its plain loop."""
+    if not any(matrix.expert is not None for block in matrices for matrix in block):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def make_recipe(options: Mapping[str, Any]) -> Recipe:
@@ -442,8 +458,11 @@ class BlockLoop:
         ways = {"none": walk.prune_from_dense, "block": walk.prune_by_block, "layer": walk.prune_by_layer}
         ways[self.recipe.propagate](solve)
         unseen = [matrix for matrix in self.matrices[index] if matrix.name not in solved]
+        seen = {matrix.parameter for matrix in self.matrices[index] if matrix.name in solved}
+        chosen = Counter(matrix.parameter for matrix in self.matrices[index])
         for matrix in unseen:
-            if matrix.expert is None:
+            every = matrix.expert is None or chosen[matrix.parameter] == len(computed[matrix.parameter])
+            if every and matrix.parameter not in seen:  # some experts may well get no token, all cannot
                 raise RunError(
                     f"{matrix.name} was not multiplied with anything in the forward pass, so that it has no "
                     "statistics; leave it dense with --exclude"
