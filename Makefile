@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := requirements.lock pyproject.toml setup.py $(wildcard src/wanda/kernels/*.[ch])
+SOURCES := requirements.lock requirements-vision.lock pyproject.toml setup.py $(wildcard src/wanda/kernels/*.[ch])
 
 .PHONY: demo test lint format install clean
 
@@ -32,6 +32,8 @@ $(READY): $(SOURCES)
 	  { echo "make: this Python has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/vision \
+	  -r requirements-vision.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
