@@ -69,7 +69,9 @@ def inspect(folder: Path, patterns: list[NM] | None = None, trust_remote_code: b
     zeros = 0
     inside: set[str] = set()
     for index, block in enumerate(skeleton.blocks.modules):
-        matrices = [m for m in find_matrices(block, skeleton.blocks.prefix(index))[0] if skeleton.blocks.prunable(m.name)]
+        matrices = [
+            m for m in find_matrices(block, skeleton.blocks.prefix(index))[0] if skeleton.blocks.prunable(m.name)
+        ]
         inside.update(skeleton.block_keys(index))
         tensors = {}
         for group in skeleton.block_groups(index):
