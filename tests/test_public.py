@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import wanda
+from classifiers import image_folder, saved_classifier
 from models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +64,17 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+def inputs(code: str, folder: Path) -> None:
+    """The models and images that examples name."""
+    tiny_llama(folder / "MODEL")
+    if "CLASSIFIER" in code:
+        saved_classifier("ViT", folder / "CLASSIFIER")
+        image_folder(folder / "IMAGES")
+
+
 @pytest.mark.parametrize(("place", "code"), blocks("python"), ids=lambda value: value if ":" in value[:40] else "")
 def test_python_examples_run(place: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_llama(tmp_path / "MODEL")
+    inputs(code, tmp_path)
     monkeypatch.chdir(tmp_path)
     if "METHODS.register" in code:
         pytest.skip("registered by tests/methods in a file of its own")
@@ -79,7 +88,7 @@ def test_python_examples_run(place: str, code: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("place", "code"), blocks("sh"), ids=lambda value: value if ":" in value[:40] else "")
 def test_shell_examples_run(place: str, code: str, tmp_path: Path) -> None:
-    tiny_llama(tmp_path / "MODEL")
+    inputs(code, tmp_path)
     for line in code.replace("\\\n", " ").splitlines():
         command = shlex.split(line, comments=True)
         if command:
