@@ -294,6 +294,8 @@ def test_evaluation_refuses_what_it_would_ignore_and_strange_classes(images: Pat
         evaluate([str(folder)], Options(images=str(images), seqlen=8, windows=2))
     with pytest.raises(ConfigurationError, match="is no image classifier"):
         evaluate([str(tiny)], Options(images=str(images)))
+    with pytest.raises(ConfigurationError, match="is an image classifier; measure it with --images"):
+        evaluate([str(folder)], Options(text="builtin"))
     with pytest.raises(ConfigurationError, match="--skip-unreadable would change nothing"):
         evaluate([str(tiny)], Options(text="builtin", skip_unreadable=True))
     strange = image_folder(tmp_path / "strange")

@@ -219,7 +219,7 @@ def _streamed(folder: Path, ids: Any, batch: int, options: Options) -> Any:
 def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], int]:
     """The folder of every model named, and the tokens of a window; nothing heavy is loaded before this returns."""
     from wanda.calibration import check_source
-    from wanda.checkpoint.source import check_folder, load_config, resolve
+    from wanda.checkpoint.source import check_folder, classifies_images, load_config, resolve
     from wanda.device import pick_device
     from wanda.evaluation.models import check
     from wanda.evaluation.perplexity import window_length
@@ -251,7 +251,10 @@ def _check(models: Sequence[str], options: Options) -> tuple[dict[str, Path], in
                 check(folders[name], options.dtype, options.device)
                 if options.stream:
                     check_folder(folders[name])
-                lengths.append(window_length(load_config(folders[name], options.trust_remote_code), options.seqlen))
+                config = load_config(folders[name], options.trust_remote_code)
+                if classifies_images(config):
+                    raise ConfigurationError(f"{name} is an image classifier; measure it with --images FOLDER")
+                lengths.append(window_length(config, options.seqlen))
             except ConfigurationError as error:
                 faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]
     if faults:

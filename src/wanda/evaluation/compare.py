@@ -137,7 +137,7 @@ def _asked(
 def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> list[tuple[Recipe, Plan]]:
     """Every recipe of the grids with its plan; raises ConfigurationError with the faults of all, told once each."""
     from wanda.calibration import check_source
-    from wanda.checkpoint.source import resolve
+    from wanda.checkpoint.source import classifies_images, load_config, resolve
     from wanda.plan import make_plan
 
     recipes = list(dict.fromkeys(recipe for grid in grids for recipe in grid.recipes(setting)))
@@ -150,6 +150,10 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
     folder = None
     try:
         folder = resolve(model, setting.trust_remote_code)
+        if classifies_images(load_config(folder, setting.trust_remote_code)):
+            raise ConfigurationError(
+                f"{model} is an image classifier, and perplexity is compared here: take wanda prune and wanda eval --images"
+            )
     except ConfigurationError as error:
         faults += error.faults
     found: dict[str, list[str]] = {}  # fault -> cells that have it
