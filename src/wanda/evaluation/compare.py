@@ -152,7 +152,8 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
         folder = resolve(model, setting.trust_remote_code)
         if classifies_images(load_config(folder, setting.trust_remote_code)):
             raise ConfigurationError(
-                f"{model} is an image classifier, and perplexity is compared here: take wanda prune and wanda eval --images"
+                f"{model} is an image classifier, and perplexity is compared here; take wanda prune and wanda eval "
+                "--images"
             )
     except ConfigurationError as error:
         faults += error.faults
