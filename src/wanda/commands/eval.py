@@ -307,10 +307,10 @@ def _show(results: Sequence[Result], options: Options) -> None:
         table.add_column("model", overflow="fold")
         for name in ("top-1", "top-5", "images/s", "dtype"):
             table.add_column(name, justify="right", no_wrap=True)
-        for model, found in accuracies:
-            top5 = "-" if found.top5 is None else f"{found.top5:.2%} ± {found.top5_error:.2%}"
-            rate = f"{found.images_per_second:.1f}"
-            table.add_row(model, f"{found.top1:.2%} ± {found.top1_error:.2%}", top5, rate, found.dtype)
+        for model, share in accuracies:
+            top5 = "-" if share.top5 is None else f"{share.top5:.2%} ± {share.top5_error:.2%}"
+            rate = f"{share.images_per_second:.1f}"
+            table.add_row(model, f"{share.top1:.2%} ± {share.top1_error:.2%}", top5, rate, share.dtype)
         console.print(table)
     if results and results[0].scores:
         table = Table(title="tasks", title_justify="left")
