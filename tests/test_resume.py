@@ -173,7 +173,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source: Path, text:
 def test_memory_caps_change_the_plan_and_not_the_masks(
     source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanda.plan._resident", lambda: 400 << 20)  # this process grows as the suite runs
+    monkeypatch.setattr("wanda.plan.resident_memory", lambda: 400 << 20)  # this process grows as the suite runs
     options = OPTIONS | {"calibration": text, "propagate": "block"}
     prune(source, out=tmp_path / "whole", **options)
     plan = prune(source, out=tmp_path / "file", dry_run=True, **options)
