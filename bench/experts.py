@@ -187,9 +187,7 @@ def quality(model: Path, config: dict[str, Any]) -> dict[str, Any]:
                 method, _, experts = name.partition(" ")
                 out = Path(temporary) / "out"
                 options = shared | target | {"method": method, "experts": experts or "routed"}
-                report: Any = prune(
-                    model, out=out, overwrite=True, calibration="builtin", progress=False, **options
-                )
+                report: Any = prune(model, out=out, overwrite=True, calibration="builtin", progress=False, **options)
                 few = [row["name"] for row in report.layers if any("per row" in note for note in row["notes"])]
                 rows.append(
                     {
@@ -241,41 +239,37 @@ def speed(model: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as tables."""
-    lines = []
+    parts = []
     if "train" in result:
         trained = result["train"]
-        shape = trained["config"]["shape"]
-        lines += [
+        shape, steps = trained["config"]["shape"], trained["config"]["train"]["steps"]
+        parts.append(
             f"A Mixtral of {shape['num_hidden_layers']} layers, width {shape['hidden_size']}, "
             f"{shape['num_local_experts']} experts of which {shape['num_experts_per_tok']} are used "
-            f"({trained['weights'] / 1e6:.1f} million weights), trained for {trained['config']['train']['steps']} steps "
-            f"({trained['seconds'] / 60:.0f} minutes).",
-            "",
-        ]
+            f"({trained['weights'] / 1e6:.1f} million weights), trained for {steps} steps "
+            f"({trained['seconds'] / 60:.0f} minutes)."
+        )
     if "quality" in result:
         held, rows = result["quality"]["held_out"], result["quality"]["rows"]
         patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
-        lines += [
+        parts.append(
             f"Perplexity on {held['windows']} x {held['seqlen']} tokens of {held['text']}; calibration: "
-            f"{result['quality']['config']['samples']} x {held['seqlen']} tokens of the other part.",
-            "",
-            f"| method | {' | '.join(patterns)} |",
-            f"|---|{'---:|' * len(patterns)}",
-        ]
+            f"{result['quality']['config']['samples']} x {held['seqlen']} tokens of the other part."
+        )
+        lines = [f"| method | {' | '.join(patterns)} |", f"|---|{'---:|' * len(patterns)}"]
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = {row["pattern"]: f"{row['perplexity']:.2f}" for row in rows if row["method"] == method}
             lines.append(f"| {method} | {' | '.join(mine.get(p, mine.get('', '')) for p in patterns)} |")
-        lines.append("")
+        parts.append("\n".join(lines))
     if "speed" in result:
         found = result["speed"]
-        lines += [
+        bare, wanda = (spread_text(found["seconds"][name]) for name in ("bare", "wanda"))
+        parts.append(
             f"{' x '.join(map(str, found['tokens']))} tokens, {found['threads']} threads, {found['machine']}, load "
-            f"average {found['load_average_at_start'][0]} at the start: bare forward "
-            f"{spread_text(found['seconds']['bare'])} s, wanda `layer` {spread_text(found['seconds']['wanda'])} s, "
-            f"wanda over bare {spread_text(found['ratio'])} (median, min-max of {len(found['rounds']['bare'])} rounds).",
-            "",
-        ]
-    return "\n".join(lines)
+            f"average {found['load_average_at_start'][0]} at the start: bare forward {bare} s, wanda `layer` {wanda} s, "
+            f"wanda over bare {spread_text(found['ratio'])} (median, min-max of {len(found['rounds']['bare'])} rounds)."
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def log(text: str) -> None:
