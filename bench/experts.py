@@ -266,8 +266,8 @@ def markdown(result: dict[str, Any]) -> str:
         bare, wanda = (spread_text(found["seconds"][name]) for name in ("bare", "wanda"))
         parts.append(
             f"{' x '.join(map(str, found['tokens']))} tokens, {found['threads']} threads, {found['machine']}, load "
-            f"average {found['load_average_at_start'][0]} at the start: bare forward {bare} s, wanda `layer` {wanda} s, "
-            f"wanda over bare {spread_text(found['ratio'])} (median, min-max of {len(found['rounds']['bare'])} rounds)."
+            f"average {found['load_average_at_start'][0]} at the start: bare forward {bare} s, wanda `layer` {wanda} s,"
+            f" wanda over bare {spread_text(found['ratio'])} (median, min-max of {len(found['rounds']['bare'])} rounds)."
         )
     return "\n\n".join(parts) + "\n"
 
