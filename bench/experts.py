@@ -264,10 +264,11 @@ def markdown(result: dict[str, Any]) -> str:
     if "speed" in result:
         found = result["speed"]
         bare, wanda = (spread_text(found["seconds"][name]) for name in ("bare", "wanda"))
+        rounds = len(found["rounds"]["bare"])
         parts.append(
             f"{' x '.join(map(str, found['tokens']))} tokens, {found['threads']} threads, {found['machine']}, load "
             f"average {found['load_average_at_start'][0]} at the start: bare forward {bare} s, wanda `layer` {wanda} s,"
-            f" wanda over bare {spread_text(found['ratio'])} (median, min-max of {len(found['rounds']['bare'])} rounds)."
+            f" wanda over bare {spread_text(found['ratio'])} (median, min-max of {rounds} rounds)."
         )
     return "\n\n".join(parts) + "\n"
 
