@@ -133,21 +133,23 @@ def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int) -> dict[str
             },
             rounds,
         )
-        bandwidth = READ / Spread.of(taken.pop("read")).median
+        reading = taken.pop("read")
         read = {
             "dense": sum(weight.nbytes for weight, _, _ in entries),
             "packed": sum(layer.matrix.nbytes for _, layer, _ in entries),
         }
+        # The bandwidth changes from one round to the next: a kernel is held against the reading of its own round.
+        at_bandwidth = {name: [seconds * nbytes / READ for seconds in reading] for name, nbytes in read.items()}
         found[group] = {
             "layers": len(entries),
             "seconds": {name: asdict(Spread.of(seconds)) for name, seconds in taken.items()},
             "times_torch": asdict(ratios(taken["torch"], taken["packed_kernel"])),
             "times_dense_kernel": asdict(ratios(taken["dense_kernel"], taken["packed_kernel"])),
             "bytes": read,
-            "read_bandwidth_bytes_per_second": bandwidth,
+            "read_bandwidth_bytes_per_second": asdict(Spread.of([READ / seconds for seconds in reading])),
             "share_of_bandwidth": {
-                "dense_kernel": read["dense"] / Spread.of(taken["dense_kernel"]).median / bandwidth,
-                "packed_kernel": read["packed"] / Spread.of(taken["packed_kernel"]).median / bandwidth,
+                f"{name}_kernel": asdict(ratios(seconds, taken[f"{name}_kernel"]))
+                for name, seconds in at_bandwidth.items()
             },
         }
     return found

@@ -76,23 +76,36 @@ TARGET_BF16 INLINE void bf16_rows(const rows_job *job, int64_t first, int64_t la
         const uint64_t *mask = m->mask + row * job->words;
         const uint16_t *x = job->x;
         const uint16_t *values = (const uint16_t *)m->values + m->offsets[row];
-        __m512 sums[FEW_COLUMNS], odd = _mm512_setzero_ps();
+        __m512 sums[FEW_COLUMNS], more[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int c = 0; c < columns; c++) sums[c] = _mm512_setzero_ps();
-        for (int64_t word = 0; word < job->words; word++, x += 64 * columns) {
+        int64_t word = 0;
+        /* One column: four chains, or the latency of the dot product shows. Not several rows at a time: more streams
+           than one a thread read memory more slowly. */
+        for (; columns == 1 && word + 2 <= job->words; word += 2, x += 128) {
+            const uint64_t bits = mask[word], next = mask[word + 1];
+            const uint16_t *then = values + __builtin_popcountll(bits);
+            const __m512i w0 = expand32((uint32_t)bits, values);
+            const __m512i w1 = expand32((uint32_t)(bits >> 32), values + __builtin_popcount((uint32_t)bits));
+            _mm_prefetch((const char *)values + 2048, _MM_HINT_T0);
+            const __m512i w2 = expand32((uint32_t)next, then);
+            const __m512i w3 = expand32((uint32_t)(next >> 32), then + __builtin_popcount((uint32_t)next));
+            _mm_prefetch((const char *)then + 2048, _MM_HINT_T0);
+            sums[0] = dot(sums[0], w0, x);
+            more[0] = dot(more[0], w1, x + 32);
+            more[1] = dot(more[1], w2, x + 64);
+            more[2] = dot(more[2], w3, x + 96);
+            values = then + __builtin_popcountll(next);
+        }
+        for (; word < job->words; word++, x += 64 * columns) {
             const uint64_t bits = mask[word];
             _mm_prefetch((const char *)values + 2048, _MM_HINT_T0);
             const __m512i low = expand32((uint32_t)bits, values);
             const __m512i high = expand32((uint32_t)(bits >> 32), values + __builtin_popcount((uint32_t)bits));
             values += __builtin_popcountll(bits);
-            if (columns == 1) { /* two chains, or the latency of the dot product shows */
-                sums[0] = dot(sums[0], low, x);
-                odd = dot(odd, high, x + 32);
-            } else {
-                for (int c = 0; c < columns; c++) sums[c] = dot(sums[c], low, x + 32 * c);
-                for (int c = 0; c < columns; c++) sums[c] = dot(sums[c], high, x + 32 * (columns + c));
-            }
+            for (int c = 0; c < columns; c++) sums[c] = dot(sums[c], low, x + 32 * c);
+            for (int c = 0; c < columns; c++) sums[c] = dot(sums[c], high, x + 32 * (columns + c));
         }
-        sums[0] = _mm512_add_ps(sums[0], odd);
+        sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], more[0]), _mm512_add_ps(more[1], more[2]));
         float out[FEW_COLUMNS] = {0};
         for (int c = 0; c < columns; c++) out[c] = _mm512_reduce_add_ps(sums[c]);
         store_row(job, row, out);
