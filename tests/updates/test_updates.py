@@ -235,21 +235,27 @@ def test_more_pcg_steps_reach_the_least_squares_solution_that_ten_come_near() ->
     assert float(reached.min()) > 0.99
 
 
-def admm_plainly(w: Tensor, x: Tensor, choose) -> Tensor:
-    """Boza's ADMM as the paper has it, float64; choose: (step, |V + U|) -> mask or None."""
+def admm_plainly(w: Tensor, x: Tensor, choose, relaxation: float = 1.0, dense: Tensor | None = None) -> Tensor:
+    """Boza's ADMM as the paper has it, float64, with Boyd's over-relaxation; choose: (step, |V + U|) -> mask or None.
+
+    dense: inputs whose outputs are aimed at half way.
+    """
     gram = x.double().T @ x.double()
     n = gram.diagonal().sqrt() + 1e-8
     h = gram / (n[:, None] * n[None])
     h += 0.1 * h.diagonal().mean() * torch.eye(h.shape[0])
     inverse = torch.linalg.inv(h + torch.eye(h.shape[0]))
     scaled = w.double() * n
+    target = scaled @ h
+    if dense is not None:
+        target += 0.5 * w.double() @ (dense - x).double().T @ x.double() / n
     v, u, mask = scaled, torch.zeros_like(scaled), None
     for step in range(20):
         chosen = choose(step, (v + u).abs())
         mask = mask if chosen is None else chosen
         z = (v + u) * mask
         u = u + v - z
-        v = (scaled @ h + z - u) @ inverse
+        v = relaxation * (target + z - u) @ inverse + (1 - relaxation) * z
     return (v + u) * mask / n
 
 
@@ -259,25 +265,48 @@ def test_admm_under_a_fixed_mask() -> None:
     torch.testing.assert_close(ours.weight.double(), admm_plainly(w, x, lambda *_: ours.mask), rtol=1e-3, atol=1e-4)
 
 
+def rising_plainly(w: Tensor, steps: int, nm: bool):
+    """choose for admm_plainly: half of every row, or 2:4, reached cubically."""
+
+    def choose(step: int, scores: Tensor) -> Tensor | None:
+        if step >= steps:
+            return None
+        share = 0.5 - 0.5 * (1 - (step + 1) / steps) ** 3
+        if nm:
+            scores = scores.clone().view(len(w), -1, 4)
+            scores.scatter_(2, scores.topk(2, dim=2).indices, float("inf"))
+            scores = scores.view(w.shape)
+        mask = torch.ones(w.shape, dtype=torch.bool)
+        return mask.scatter_(1, scores.argsort(dim=1)[:, : int(w.shape[1] * share + 1e-9)], False)
+
+    return choose
+
+
 @pytest.mark.parametrize("nm", [False, True])
 def test_admm_iterative_raises_the_sparsity_cubically(nm: bool) -> None:
     w, x = weights(30, 64), inputs(400, 64)
-
-    def choose(step: int, scores: Tensor) -> Tensor | None:
-        if step >= 15:
-            return None
-        share = 0.5 - 0.5 * (1 - (step + 1) / 15) ** 3
-        if nm:
-            scores = scores.clone().view(30, 16, 4)
-            scores.scatter_(2, scores.topk(2, dim=2).indices, float("inf"))
-            scores = scores.view(30, 64)
-        mask = torch.ones(30, 64, dtype=torch.bool)
-        return mask.scatter_(1, scores.argsort(dim=1)[:, : int(64 * share + 1e-9)], False)
-
     ours = pruned("admm-iterative", w, gathered(x), NM(2, 4) if nm else HALF)
-    expected = admm_plainly(w, x, choose)
+    expected = admm_plainly(w, x, rising_plainly(w, 15, nm))
     assert float(((expected != 0) == ours.mask).float().mean()) > 0.999
     assert float((ours.weight - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16 where native"])
+@pytest.mark.parametrize("inherit", [0.0, 0.5])
+@pytest.mark.parametrize("nm", [False, True])
+def test_admm_relaxed_is_over_relaxed(nm: bool, inherit: float, reduced: bool, monkeypatch) -> None:
+    w, x = weights(300, 64), inputs(400, 64)  # more rows than a panel
+    dense = x + 0.3 * inputs(400, 64, seed=5) if inherit else None
+    if not reduced:
+        monkeypatch.setattr("wanda.updates._admm.multiplies_bfloat16", lambda: False)
+    ours = pruned("admm-relaxed", w, gathered(x, dense), NM(2, 4) if nm else HALF, inherit=inherit)
+    expected = admm_plainly(w, x, rising_plainly(w, 18, nm), 1.6, dense)
+    assert float(((expected != 0) == ours.mask).float().mean()) > (0.98 if reduced else 0.999)
+    assert float((ours.weight - expected).norm() / expected.norm()) < (0.1 if reduced else 0.02)
+    gram = x.double().T @ x.double()
+    beyond = 0.5 * w.double() @ (dense - x).double().T @ x.double() if dense is not None else 0.0
+    zero = loss(torch.zeros_like(w), w, gram, beyond).sum()
+    assert float(loss(ours.weight, w, gram, beyond).sum() - loss(expected, w, gram, beyond).sum()) < 1e-3 * float(zero)
 
 
 @pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=["row", "2:4"])

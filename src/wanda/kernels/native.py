@@ -57,6 +57,11 @@ def level() -> int:
     return LEVELS.index(wanted)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (VDPBF16PS), and may."""
+    return native() is not None and level() == LEVELS.index("avx512_bf16")
+
+
 @functools.cache
 def pool() -> int:
     """Address of GOMP_parallel in the OpenMP library that torch has loaded; 0 when there is none.

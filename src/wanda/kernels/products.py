@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wanda.kernels.native import LEVELS, level, native, pool
+from wanda.kernels.native import multiplies_bfloat16, native, pool
 
 TOKENS = 1024  # laid out and multiplied at a time, so that the copies stay in the cache
 PANEL = 128  # rows of a panel of the upper triangle, where torch multiplies
@@ -19,12 +19,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, upper: bool = False) -> None:
     bfloat16 on a processor with VDPBF16PS is multiplied as it is, products exact and sums in float32, in an order that
     does not depend on the number of threads; everything else as float32 by torch.
     """
-    native_bf16 = (
-        a.dtype == b.dtype == torch.bfloat16
-        and out.device.type == "cpu"
-        and native() is not None
-        and level() == LEVELS.index("avx512_bf16")
-    )
+    native_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.device.type == "cpu" and multiplies_bfloat16()
     for first, second in zip(a.split(TOKENS), b.split(TOKENS), strict=True):
         if native_bf16:
             _add_native(out, first, second, upper)

@@ -1,4 +1,4 @@
-"""Best: ADMM with a gradually chosen mask, then conjugate gradients, errors of earlier layers repaired."""
+"""Best: over-relaxed ADMM with a gradually chosen mask (arXiv:2401.02938), errors of earlier layers repaired."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from wanda.methods import METHODS, Method
 
 @METHODS.register
 class Best(Method):
-    """(the update owns the mask, row, admm-iterative+pcg, uniform); target half way to the dense model's inputs."""
+    """(the update owns the mask, row, admm-relaxed, uniform); target half way to the dense model's inputs."""
 
     score = None
-    update = "admm-iterative+pcg"
+    update = "admm-relaxed"
     inherit = 0.5

@@ -1,4 +1,4 @@
-"""Fast: ADMM with a gradually chosen mask (arXiv:2401.02938), then conjugate gradients (arXiv:2406.07831); one pass."""
+"""Fast: over-relaxed ADMM with a gradually chosen mask (arXiv:2401.02938); one pass."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from wanda.methods import METHODS, Method
 
 @METHODS.register
 class Fast(Method):
-    """(the update owns the mask, row, admm-iterative+pcg, uniform) without a second stream."""
+    """(the update owns the mask, row, admm-relaxed, uniform) without a second stream."""
 
     score = None
-    update = "admm-iterative+pcg"
+    update = "admm-relaxed"
     inherit = 0.0

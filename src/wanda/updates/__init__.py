@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from wanda.patterns import Pattern
     from wanda.statistics import Needs, Statistics
 
-PANEL_WEIGHTS = 2**22  # 16 MiB of float32 for each of the few tensors of a panel of rows: wide enough for products
+PANEL_WEIGHTS = 2**18  # 1 MiB of float32 for each of the few tensors of a panel of rows, so that they stay in the cache
+PANEL_ROWS = 256  # at least, or the products are slow
 
 __path__ = pkgutil.extend_path(__path__, __name__)
 
@@ -60,7 +61,7 @@ class Problem:
     def row_panels(self, by_row: bool = True) -> Iterator[slice]:
         """Slices of rows small enough that their work stays in the cache; all rows at once unless `by_row`."""
         out, width = self.weight.shape
-        step = max(64, PANEL_WEIGHTS // width) if by_row else out
+        step = max(PANEL_ROWS, PANEL_WEIGHTS // width) if by_row else out
         return (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 
