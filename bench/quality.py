@@ -1,11 +1,12 @@
 """Perplexity of SmolLM2-135M-Instruct, dense and pruned in every way of a study of bench/quality.json.
 
-    python bench/quality.py --calibration FILE --text FILE [--study paper|methods|seeds] [--windows N]
+    python bench/quality.py --calibration FILE --text FILE [--study paper|methods|price|seeds] [--windows N]
                             [--config bench/quality.json] [--model DIR] [--out DIR]
 
 paper: magnitude and Wanda, unstructured and N:M, the variant, one and two passes. methods: the whole family (OWL cannot
-vary N:M). seeds: the full text, three calibration samples. Results: bench/results/quality-STUDY (results.json, .csv,
-.md, plots); a run that was stopped goes on with what is missing.
+vary N:M). price: seconds and memory of every method at 50%, to be run alone on a machine. seeds: the full text, three
+calibration samples. Results: bench/results/quality-STUDY (results.json, .csv, .md, plots); a run that was stopped goes
+on with what is missing.
 """
 
 from __future__ import annotations

@@ -112,12 +112,15 @@ def main() -> None:
         "admm, 20 steps": update("admm", half),
         "admm-iterative, 20 steps": update("admm-iterative", half),
         "admm-iterative, 20 steps, 2:4": update("admm-iterative", two_of_four),
+        "admm-relaxed, 20 steps": update("admm-relaxed", half),
+        "admm-relaxed, 20 steps, 2:4": update("admm-relaxed", two_of_four),
+        "admm-relaxed, 20 steps, inherited errors": update("admm-relaxed", half, inherit=0.5),
     }
     slow: dict[str, Callable[[], Any]] = {
         "swap, rows": update("swap", half),
         "swap, 2:4": update("swap", two_of_four),
-        "fast: admm-iterative+pcg, whole": whole("admm-iterative+pcg", half),
-        "best: the same, inherited errors": whole("admm-iterative+pcg", half, 0.5),
+        "fast: admm-relaxed, whole": whole("admm-relaxed", half),
+        "best: the same, inherited errors": whole("admm-relaxed", half, 0.5),
     }
     if arguments.all:
         rows |= slow
