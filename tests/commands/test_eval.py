@@ -79,10 +79,25 @@ def test_results_are_merged_into_the_report_and_the_card(
     assert changed == {"wanda.json", "README.md"}
 
 
-def test_broken_report_is_said_after_measuring(capsys: pytest.CaptureFixture[str], pruned: Path, text: str) -> None:
-    (pruned / "wanda.json").write_text("[")
-    code, _, err = run(capsys, str(pruned), "--text", text, "--windows", "1", "--seqlen", "32")
-    assert code == 1 and "wanda.json" in err and (pruned / "wanda.json").read_text() == "["
+@pytest.mark.parametrize("fault", ["broken", "unwritable"])
+def test_a_report_that_cannot_be_updated_costs_no_result(
+    capsys: pytest.CaptureFixture[str], pruned: Path, tiny: Path, text: str, fault: str
+) -> None:
+    """All is measured and shown, then the fault is said; whichever model has it."""
+    if fault == "broken":
+        (pruned / "wanda.json").write_text("[")
+    else:  # also for root, who may write to read-only folders
+        (pruned / "wanda.json.tmp").mkdir()
+    before = (pruned / "wanda.json").read_bytes()
+    options = ["--text", text, "--windows", "1", "--seqlen", "32", "--dtype", "float32"]
+    expected = perplexity(tiny, text, seqlen=32, windows=1, dtype="float32").perplexity
+    code, out, err = run(capsys, str(pruned), str(tiny), *options)
+    assert code == 1 and err.count("cannot be kept in") == 1 and str(pruned / "wanda.json") in err
+    assert out.count(f"{expected:.4g}") == 2
+    code, out, err = run(capsys, str(pruned), str(tiny), *options, "--json")
+    found = [result["perplexity"]["perplexity"] for result in json.loads(out.splitlines()[-1])["results"]]
+    assert code == 1 and found == pytest.approx([expected, expected], rel=1e-6)
+    assert (pruned / "wanda.json").read_bytes() == before
 
 
 def test_all_faults_of_a_request_in_one_message(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:

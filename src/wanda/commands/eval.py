@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from wanda.errors import ConfigurationError
+from wanda.errors import ConfigurationError, RunError
 
 if TYPE_CHECKING:
     from wanda.evaluation.accuracy import Accuracy
@@ -65,7 +65,7 @@ class Options:
 
 @dataclass
 class Result:
-    """What came out for one model."""
+    """What came out for one model; unkept: why it could not be kept in the folder's wanda.json."""
 
     model: str
     folder: Path
@@ -73,6 +73,16 @@ class Result:
     scores: Sequence[Score] = ()
     mean: float | None = None
     accuracy: Accuracy | None = None
+    unkept: str | None = None
+
+    def keep(self, kind: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record results with the folder; a fault is noted, since what was measured is still to be shown."""
+        from wanda.evaluation.record import record
+
+        try:
+            record(self.folder, kind, results)
+        except RunError as error:
+            self.unkept = str(error)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,14 +111,20 @@ def eval_command(*models: str, options: Options | None = None) -> None:
         print(json.dumps({"results": [result.as_dict() for result in results]}))
     else:
         _show(results, options)
+    unkept = dict.fromkeys(result.unkept for result in results if result.unkept is not None)
+    if unkept:
+        sys.stdout.flush()
+        raise RunError("\n".join(unkept))
 
 
 def evaluate(models: Sequence[str], options: Options) -> list[Result]:
-    """Everything that `options` asks for, of every model in turn; all faults of the request are one error."""
+    """Everything that `options` asks for, of every model in turn; all faults of the request are one error.
+
+    A wanda.json that cannot be updated stops nothing: see Result.unkept.
+    """
     from wanda.checkpoint.source import load_tokenizer
     from wanda.evaluation.models import load
     from wanda.evaluation.perplexity import measure, text_windows
-    from wanda.evaluation.record import record
     from wanda.evaluation.tasks import load_tasks, mean_of_paper
 
     if options.images is not None:
@@ -139,12 +155,12 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
             else:
                 result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
             values = result.perplexity.as_dict() | {"against": options.against}
-            record(result.folder, "perplexity", {f"{label}, {len(ids)} windows of {seqlen} tokens": values})
+            result.keep("perplexity", {f"{label}, {len(ids)} windows of {seqlen} tokens": values})
         if suite is not None:
             result.scores = suite.run(model, tokenizer, options.limit, options.batch or 8, partial(_report, name))
             result.mean = mean_of_paper(result.scores)
             asked = {"fewshot": options.fewshot, "limit": options.limit}
-            record(result.folder, "tasks", {score.task: vars(score) | asked for score in result.scores})
+            result.keep("tasks", {score.task: vars(score) | asked for score in result.scores})
         results.append(result)
         del model
         gc.collect()  # modules hold cycles, and the next model needs the room now
@@ -156,7 +172,6 @@ def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
     from wanda.checkpoint.source import classifies_images, load_classifier, load_config, resolve
     from wanda.device import pick_device
     from wanda.evaluation.accuracy import measure
-    from wanda.evaluation.record import record
     from wanda.images import faults as image_faults
     from wanda.images import load_processor
 
@@ -203,8 +218,9 @@ def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
         )
         for note in accuracy.notes:
             _log(f"{name}: {note}")
-        record(folders[name], "images", {f"{accuracy.source}, {accuracy.images} images": accuracy.as_dict()})
-        results.append(Result(name, folders[name], accuracy=accuracy))
+        result = Result(name, folders[name], accuracy=accuracy)
+        result.keep("images", {f"{accuracy.source}, {accuracy.images} images": accuracy.as_dict()})
+        results.append(result)
         del model
         gc.collect()
     return results
