@@ -140,6 +140,50 @@ def test_early_stop_and_the_best_checkpoint_is_what_is_written(pruned, text, tmp
     assert all(torch.equal(written[key], kept[2][key]) for key in written)
 
 
+@pytest.mark.parametrize("when", ["between measurements", "after training"])
+@pytest.mark.parametrize(
+    ("patience", "losses"),
+    [
+        (1, {0: 9.0, 3: 5.0, 6: 4.0, 9: 6.0, 12: 3.0}),  # resumed at the best checkpoint
+        (2, {0: 9.0, 3: 5.0, 6: 6.0, 9: 7.0, 12: 3.0}),  # resumed with a measurement counted already
+        (3, {0: 9.0, 3: 5.0, 6: 4.0, 9: 6.0, 12: 3.0}),  # goes through
+    ],
+)
+def test_a_resumed_run_stops_early_where_an_uninterrupted_one_does(
+    pruned, text, tmp_path, monkeypatch, patience, losses, when
+):
+    real = training.Trainer.evaluation_loop
+
+    def scripted(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        output.metrics["eval_loss"] = losses[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(training.Trainer, "evaluation_loop", scripted)
+    options = {"full": True, "calibration": text, "patience": patience} | SHORT | FAST
+    whole = tune(folder := pruned(), out=tmp_path / "whole", **options)
+    assert whole["steps"] == (12 if patience == 3 else 9)
+    step = training._Watch.on_step_end
+
+    def interrupt(self, args=None, state=None, control=None, **keywords):
+        if state is None or state.global_step == 7:
+            raise KeyboardInterrupt
+        step(self, args, state, control, **keywords)
+
+    with monkeypatch.context() as stopping:
+        if when == "between measurements":
+            stopping.setattr(training._Watch, "on_step_end", interrupt)
+        else:
+            stopping.setattr(training._MaskedTrainer, "trained_state", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune(folder, out=tmp_path / "stopped", **options)
+    resumed = tune(folder, out=tmp_path / "stopped", resume=True, **options)
+    for key in ("steps", "stopped", "held_out_loss", "history"):
+        assert resumed[key] == whole[key], key
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 def test_tuning_that_does_not_help_writes_nothing(pruned, text, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     real = training.Trainer.evaluation_loop

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from wanda.device import cpu_has_bfloat16
@@ -51,6 +51,7 @@ def train_model(
     Goes on from the last whole checkpoint in `folder`, where checkpoints are kept. The best one is what is returned.
     Raises RunError when the loss or a weight is not finite; the last good checkpoint stays.
     """
+    resumed = last_checkpoint(folder)
     every = max(1, settings.steps // settings.evaluations)
     cpu = _on_cpu(settings)
     bfloat16 = cpu_has_bfloat16() if cpu else _accelerator_has_bfloat16()
@@ -71,7 +72,7 @@ def train_model(
         remove_unused_columns=False,
         eval_strategy="steps",
         eval_steps=every,
-        eval_on_start=True,
+        eval_on_start=resumed is None,  # the measurement at the start is in the history already
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=every,
@@ -85,13 +86,13 @@ def train_model(
         disable_tqdm=True,
         seed=settings.seed,
     )
-    watch = _Watch(settings, progress)
+    watch, stop_early = _Watch(settings, progress), _StopEarly(settings.patience)
     trainer = _MaskedTrainer(
         model=model,
         args=arguments,
         train_dataset=_Sequences(train),
         eval_dataset=_Sequences(held),
-        callbacks=[_HoldZeros(masks), watch, EarlyStoppingCallback(settings.patience)],
+        callbacks=[_HoldZeros(masks), watch, stop_early],
     )
     trainer.remove_callback(PrinterCallback)
     if settings.gradient_checkpointing and settings.lora:
@@ -101,7 +102,7 @@ def train_model(
     transformers_logging.disable_progress_bar()
     try:
         with watch:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            trainer.train(resume_from_checkpoint=resumed)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "No space" in str(error):
             raise RunError(
@@ -166,6 +167,10 @@ class _MaskedTrainer(Trainer):
                 raise self._not_finite(f"{name} has values that are not finite")
         super()._save_checkpoint(model, trial)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # it is set here when a run is resumed that had ended
+            super()._run_epoch(*args, **kwargs)
+
     def trained_state(self) -> dict[str, Tensor]:
         """The parameters by name, whole and on the CPU, also when they are sharded; to be called on all processes."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
@@ -191,6 +196,27 @@ class _HoldZeros(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         hold_zeros(model.named_parameters(), self.masks.parameters, getattr(optimizer, "optimizer", optimizer))
+
+
+class _StopEarly(TrainerCallback):
+    """Ends training when `patience` measurements in a row were no better than the best before them.
+
+    The history alone decides, not a counter, so that a resumed run stops where an uninterrupted one does.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # resumed after the last step
+            control.should_training_stop = True
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row and row["step"] > 0]
+        before, last = losses[: -self.patience], losses[-self.patience :]
+        if before and not any(loss < min(before) for loss in last):
+            control.should_training_stop = True
 
 
 class _Watch(TrainerCallback):
