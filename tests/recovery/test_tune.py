@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 
 from byhand import prune_by_hand
 from models import tiny_llama, tiny_tokenizer
+from ranks import Server
 from wanda import prune
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
@@ -206,6 +208,39 @@ def test_the_time_limit_stops_in_order(pruned, text, tmp_path):
     assert record["steps"] == 1 and record["stopped"].startswith("after")
 
 
+def test_several_processes_stop_together_when_time_is_up(pruned, text, tmp_path):
+    """The second process's clock is an hour ahead, the first one's is not: all take the first one's decision."""
+    arguments = ["tune", pruned(), "--out", tmp_path / "out", "--full", "--calibration", text, "--minutes", 10]
+    arguments += [arg for name, value in SHORT.items() for arg in (f"--{name.replace('_', '-')}", value)]
+    job = f"""
+import os, signal, time
+signal.alarm(60)  # a process that waits for the other in vain is killed
+os.environ["LOCAL_RANK"] = os.environ["RANK"]
+import wanda.recovery.trainer as training
+from wanda.cli import main
+real = training._Watch.on_train_begin
+def begin(self, *args, **keywords):
+    real(self, *args, **keywords)
+    self.start -= 3600 * int(os.environ["RANK"])
+training._Watch.on_train_begin = begin
+try:
+    main({[str(argument) for argument in arguments]!r})
+finally:
+    import torch.distributed
+    torch.distributed.destroy_process_group()
+"""
+    server = Server()
+    try:
+        codes, texts = server.run(2, tmp_path / "logs", job)
+    finally:
+        server.close()
+    assert codes == [0, 0], texts
+    record = json.loads((tmp_path / "out/wanda.json").read_text())["tune"]
+    assert (record["steps"], record["stopped"]) == (SHORT["steps"], "all steps done")
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "pruned", tmp_path / "out"))
+    assert all(torch.equal(before[key] != 0, after[key] != 0) for key in pruned_keys(tmp_path / "pruned"))
+
+
 def test_bfloat16_weights_are_trained_in_float32_and_stored_as_they_were(text, tmp_path):
     folder = prune_by_hand(
         tiny_llama(tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True), tmp_path / "p"
@@ -230,6 +265,25 @@ def test_all_faults_at_once_before_anything_is_loaded(pruned, text, tmp_path):
         tune(folder, out=tmp_path / "out", full=True, seqlen=129, calibration=text)
     with pytest.raises(ConfigurationError, match=r"training text .* is too short"):
         tune(folder, out=tmp_path / "out", full=True, seqlen=128, calibration=_short(tmp_path))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_options_of_the_adapter_are_refused_where_there_is_none(pruned, text, tmp_path):
+    options = {"rank": 64, "alpha": 3, "dropout": 0.9, "target": "all", "sparse_aware": True}
+    with pytest.raises(ConfigurationError) as caught:
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **options)
+    (fault,) = caught.value.faults
+    for part in ("--rank 64", "--alpha 3", "--dropout 0.9", "--target all", "--sparse-aware", "nothing with --full"):
+        assert part in fault
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_before_loading(pruned, text, tmp_path, monkeypatch):
+    """8 sequences on 3 devices would be 6: neither that nor a silent 9."""
+    monkeypatch.setattr(training, "processes", lambda _: SimpleNamespace(num_processes=3, is_main_process=True))
+    monkeypatch.setattr("wanda.recovery.tune.load_model", lambda *_: pytest.fail("loaded"))
+    options = SHORT | {"batch": 8, "micro_batch": 1}
+    with pytest.raises(ConfigurationError, match=r"--batch 8 .* 3 devices .*--micro-batch 1.* 6 or 9"):
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **options)
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from cyclopts import Parameter
 
+_ADAPTER = ("sparse_aware", "rank", "alpha", "dropout", "target")
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,14 @@ class Settings:
         faults = []
         if self.lora == self.full:
             faults.append("choose one of --lora (an adapter beside the model) and --full (the model's own weights)")
-        if self.sparse_aware and self.full:
-            faults.append("--sparse-aware is about the adapter of --lora; with --full the masks always hold")
+        of_adapter = [
+            f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for field in dataclasses.fields(self)
+            if field.name in _ADAPTER and (value := getattr(self, field.name)) != field.default
+        ]
+        if self.full and not self.lora and of_adapter:
+            what = f"{', '.join(of_adapter)}: of the adapter of --lora,"
+            faults.append(f"{what} and would change nothing with --full, where the masks always hold; leave out")
         for name, least in (
             ("steps", 1),
             ("seqlen", 2),

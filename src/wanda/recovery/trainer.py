@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -20,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from wanda.device import cpu_has_bfloat16
-from wanda.errors import RunError
+from wanda.errors import ConfigurationError, RunError
 from wanda.recovery.masks import Masks, hold_zeros
 from wanda.recovery.settings import Settings
 
@@ -60,7 +61,7 @@ def train_model(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=_accumulation(settings, cpu),
+        gradient_accumulation_steps=accumulation(settings),
         learning_rate=settings.peak_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(settings.warmup * settings.steps),
@@ -137,6 +138,22 @@ def train_model(
 def processes(settings: Settings) -> PartialState:
     """The processes that train together: this one alone, or those that `accelerate launch` started."""
     return PartialState(cpu=_on_cpu(settings))
+
+
+def accumulation(settings: Settings) -> int:
+    """Micro-batches of each device in one step; raises ConfigurationError when the devices cannot share --batch."""
+    devices = processes(settings).num_processes
+    if devices == 1 and not _on_cpu(settings):
+        devices = torch.accelerator.device_count()  # one process drives them all
+    share = settings.micro_batch * devices
+    if settings.batch % share:
+        lower = settings.batch // share * share
+        raise ConfigurationError(
+            f"--batch {settings.batch} cannot be shared out evenly: {devices} devices with --micro-batch "
+            f"{settings.micro_batch} take multiples of {share}; take --batch "
+            f"{f'{lower} or {lower + share}' if lower else share}, or another number of devices"
+        )
+    return settings.batch // share
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -248,7 +265,7 @@ class _Watch(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
         limit = self.settings.minutes
         if state.global_step < state.max_steps and limit is not None:
-            self.out_of_time = time.perf_counter() - self.start > 60 * limit
+            self.out_of_time = _of_first_process(time.perf_counter() - self.start > 60 * limit)
         if state.global_step >= state.max_steps or self.out_of_time:
             control.should_evaluate = control.should_save = control.should_training_stop = True
 
@@ -291,12 +308,12 @@ def _on_cpu(settings: Settings) -> bool:
     return settings.device == "cpu" or not torch.accelerator.is_available()
 
 
-def _accumulation(settings: Settings, cpu: bool) -> int:
-    """Micro-batches of each device in one step."""
-    devices = processes(settings).num_processes
-    if devices == 1 and not cpu:
-        devices = torch.accelerator.device_count()  # one process drives them all
-    return max(1, settings.batch // (settings.micro_batch * devices))
+def _of_first_process(decision: bool) -> bool:
+    """The first process's decision, on all: those that stop at different steps wait for each other for ever."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return decision
+    return bool(broadcast(torch.tensor(int(decision), device=state.device)))
 
 
 def _checkpointing() -> dict[str, Any]:

@@ -47,8 +47,9 @@ def tune(
     settings = settings or Settings(**options)
     folder, out = Path(folder), Path(out).absolute()
     _refuse(folder, out, settings, resume, overwrite)
-    from wanda.recovery.trainer import processes, train_model  # needs accelerate, which was just asked for
+    from wanda.recovery.trainer import accumulation, processes, train_model  # needs accelerate, just asked for
 
+    accumulation(settings)  # its fault before anything is loaded
     config = load_config(folder, settings.trust_remote_code)
     context = context_length(config)
     seqlen = settings.seqlen or min(1024, context or 1024)
