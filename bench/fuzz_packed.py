@@ -2,9 +2,11 @@
 
     python bench/fuzz_packed.py --files 10000 --out bench/results/fuzz_packed.json
 
-Half of the files get new checksums after the damage, so that it is the structure that has to be checked. A file that is
-not refused is used: every matrix is multiplied on every kernel path of this machine and expanded. The work is done in
-processes of their own: one that dies counts as a crash, with its seed.
+Some are changed at random; others lie: matrices and headers of other types and shapes, absurd dimensions, odd names of
+files. Half of the files get new checksums after the damage, so that it is the structure that has to be checked. A file
+that is not refused is used: every matrix is multiplied on every kernel path of this machine and expanded; without new
+checksums every tensor must be what it was, bit for bit, in its type and shape. The work is done in processes of their
+own: one that dies counts as a crash, with its seed.
 """
 
 from __future__ import annotations
@@ -17,8 +19,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wanda.checkpoint.packed import PackedCheckpoint
 
 BATCH = 500  # files a process
+COUNTS = [0, 1, 2, 63, 64, 65, 128, 2**31, 2**32, 2**63, 2**64, 10**30, -1, 1.5, "8", None, [], True]
+TYPES = ["BF16", "F16", "F32", "F64", "I16", "I64", "U8", "U64", "BOOL", "F4", 3, None, []]
+OTHERS = {"BF16": "F16", "F16": "BF16", "F32": "U32", "U32": "F32", "U64": "F64"}  # types of as many bytes
+NAMES = ["", ".", "..", "a\0b", "a/b", "/dev/zero", "\ud800", "n" * 300, "absent.safetensors", 7, None, {}]
 
 
 def make(folder: Path) -> Path:
@@ -74,24 +84,65 @@ def damage(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-def mutate(folder: Path, chance: random.Random) -> None:
-    """Damage one file of a packed folder; in half of the cases the manifest's checksums follow."""
+def lie(header: dict[str, Any], chance: random.Random) -> None:
+    """Another type, shape or place for one tensor of a safetensors header, mostly of as many bytes."""
+    entry = header[chance.choice(sorted(set(header) - {"__metadata__"}))]
+    kind = chance.randrange(6)
+    if kind == 0:
+        entry["dtype"] = chance.choice(TYPES)
+    elif kind == 1:
+        entry["dtype"] = OTHERS.get(entry["dtype"], "I8")
+    elif kind == 2 and entry["shape"]:
+        size = entry["shape"][0]
+        entry["shape"] = chance.choice(([size, 1], [1, size], [2, size // 2], [size // 2, 2], [1] * 70 + [size]))
+    elif kind == 3:
+        entry["shape"] = chance.choice(([0, 10**30], [0, 2**62, 2**62], [0, 2**63], [-1, -4], "8", [[]], {}, 5, None))
+        if chance.random() < 0.8:
+            entry["data_offsets"] = [entry["data_offsets"][0]] * 2
+    elif kind == 4:
+        entry["shape"] = [*entry["shape"], chance.choice(COUNTS)]
+    else:
+        entry["data_offsets"][chance.randrange(2)] = chance.choice(COUNTS)
+
+
+def rewrite_header(file: Path, chance: random.Random) -> dict[str, Any]:
+    """`lie` in the header of a file, whose data stays as it is; returns the new header."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    lie(header, chance)
+    head = json.dumps(header).encode()
+    head += b" " * (-(8 + len(head)) % 64)
+    file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+    return header
+
+
+def mutate(folder: Path, chance: random.Random) -> bool:
+    """Damage one file of a packed folder; whether types, shapes and checksums in the manifest follow."""
     from wanda.checkpoint.packed import MANIFEST, manifest_checksum
     from wanda.checkpoint.tensors import read_header
     from wanda.errors import RunError
 
     data, manifest = folder / "packed-00001.safetensors", folder / MANIFEST
-    kind = chance.randrange(4)
+    kind = chance.randrange(6)
     if kind == 0:
         manifest.write_bytes(damage(manifest.read_bytes(), chance))
     elif kind == 1:
         data.write_bytes(damage(data.read_bytes(), chance))
-    else:  # inside one tensor, or in what the manifest says of a matrix; checksums are right
+    elif kind == 2 and chance.random() < 0.5:
+        rewrite_header(data, chance)
+    else:  # checksums are right
         import xxhash
 
         description = json.loads(manifest.read_text())
         entries, _ = read_header(data)
         if kind == 2:
+            for key, said in rewrite_header(data, chance).items():
+                if key != "__metadata__":
+                    description["tensors"][key].update(dtype=said["dtype"], shape=said["shape"])
+        elif kind == 3:
+            description["files"][chance.randrange(2) :] = [chance.choice(NAMES)]
+        elif kind == 4:
             entry = entries[chance.choice(sorted(entries))]
             whole = bytearray(data.read_bytes())
             part = damage(bytes(whole[entry.offset : entry.offset + entry.nbytes]), chance)[: entry.nbytes]
@@ -99,26 +150,41 @@ def mutate(folder: Path, chance: random.Random) -> None:
             data.write_bytes(whole)
         else:
             matrix = description["matrices"][chance.choice(sorted(description["matrices"]))]
-            values = [0, 1, 2, 63, 64, 65, 128, 2**31, 2**32, 2**63, -1, 1.5, "8", None, [], True]
             place = chance.choice(("dtype", "shape", "survivors"))
             if place == "shape" and chance.random() < 0.8:
-                matrix["shape"][chance.randrange(2)] = chance.choice(values)
+                matrix["shape"][chance.randrange(2)] = chance.choice(COUNTS)
+                if chance.random() < 0.3:
+                    matrix["shape"] = [0, chance.choice(COUNTS)]
             else:
-                matrix[place] = chance.choice([*values, "BF16", "F16", "F32", "I64"])
+                matrix[place] = chance.choice([*COUNTS, *TYPES])
         try:
             entries, _ = read_header(data)
         except RunError:
-            return
+            return True
         whole_file = data.read_bytes()
         for key, entry in entries.items():
             piece = whole_file[entry.offset : entry.offset + entry.nbytes]
-            description["checksums"][key] = xxhash.xxh3_64_hexdigest(piece)
+            description["tensors"][key]["checksum"] = xxhash.xxh3_64_hexdigest(piece)
         description["checksum"] = manifest_checksum(description)
         manifest.write_text(json.dumps(description))
+        return True
+    return False
 
 
-def attempt(folder: Path) -> str:
-    """ "refused", naming something, or "worked": every kernel ran over what was accepted."""
+def contents(checkpoint: PackedCheckpoint) -> dict[str, tuple[Any, ...]]:
+    """Type, shape and bytes of everything in a packed checkpoint."""
+    from wanda.checkpoint.tensors import bytes_of
+
+    tensors = {**checkpoint.tensors, **{key: matrix.dense() for key, matrix in checkpoint.matrices.items()}}
+    return {key: (tensor.dtype, tensor.shape, bytes(bytes_of(tensor))) for key, tensor in tensors.items()}
+
+
+def attempt(folder: Path, original: Path | None) -> str:
+    """ "refused", naming something, or "worked": every kernel ran over what was accepted, which is what `original`
+    holds.
+
+    original: None where the checksums were made anew, so that other contents are no damage.
+    """
     import torch
 
     from wanda.checkpoint.packed import open_packed
@@ -132,6 +198,8 @@ def attempt(folder: Path) -> str:
         if not str(error):
             raise AssertionError("refused without a word") from error
         return "refused"
+    if original is not None and contents(checkpoint) != contents(open_packed(original)):
+        raise AssertionError("what was changed has been accepted")
     module = native()
     best = module.best_level() if module is not None else 0
     for matrix in checkpoint.matrices.values():
@@ -151,10 +219,11 @@ def run_batch(origin: Path, seeds: range) -> dict[str, int]:
             chance = random.Random(seed)
             folder = Path(temporary) / "packed"
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(origin / chance.choice(("plain", "compressed")), folder)
-            mutate(folder, chance)
+            original = origin / chance.choice(("plain", "compressed"))
+            shutil.copytree(original, folder)
+            remade = mutate(folder, chance)
             print(seed, file=sys.stderr, flush=True)
-            counts[attempt(folder)] += 1
+            counts[attempt(folder, None if remade else original)] += 1
     return counts
 
 

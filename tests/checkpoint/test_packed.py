@@ -106,7 +106,7 @@ def test_a_reader_written_from_the_description(sparse: Path, tmp_path: Path) -> 
     def part(key: str, kind: str) -> np.ndarray[Any, Any]:
         begin, end = header[key]["data_offsets"]
         assert begin % 64 == 0 and end % 64 == 0
-        assert manifest["checksums"][key] == xxhash.xxh3_64_hexdigest(raw[start + begin : start + end])
+        assert manifest["tensors"][key]["checksum"] == xxhash.xxh3_64_hexdigest(raw[start + begin : start + end])
         return np.frombuffer(raw[start + begin : start + end], kind)
 
     before = load_file(sparse / "model.safetensors")
@@ -223,7 +223,7 @@ def edit(folder: Path, key: str, change: Any, repair: bool) -> None:
     (folder / DATA).write_bytes(data)
     if repair:
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest["checksums"][key] = xxhash.xxh3_64_hexdigest(bytes(piece))
+        manifest["tensors"][key]["checksum"] = xxhash.xxh3_64_hexdigest(bytes(piece))
         manifest["checksum"] = manifest_checksum(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -265,8 +265,8 @@ def test_damaged_tensors(plain: Path, tmp_path: Path, key: str, change: Any, rep
     [
         (lambda m: m.update(version=2), ConfigurationError, "version 2 .*upgrade"),
         (lambda m: m.update(format="else"), RunError, "does not describe"),
-        (lambda m: m.pop("checksums"), RunError, "checksums is missing"),
-        (lambda m: m["checksums"].pop("norm.weight"), RunError, r"norm\.weight is not listed"),
+        (lambda m: m.pop("tensors"), RunError, "tensors is missing"),
+        (lambda m: m["tensors"].pop("norm.weight"), RunError, r"norm\.weight is not listed"),
         (lambda m: m["matrices"]["a.weight"].update(shape=[41, 100]), RunError, r"a\.weight is damaged"),
         (lambda m: m["matrices"]["a.weight"].update(shape=[40, 99]), RunError, r"a\.weight is damaged"),
         (lambda m: m["matrices"]["a.weight"].update(shape=[40, -1]), RunError, r"a\.weight is damaged"),
@@ -276,6 +276,16 @@ def test_damaged_tensors(plain: Path, tmp_path: Path, key: str, change: Any, rep
         (lambda m: m.update(files=["../x"]), RunError, "outside"),
         (lambda m: m.update(files=[DATA, DATA]), RunError, "does not belong"),
         (lambda m: m.update(files=["absent.safetensors"]), RunError, r"absent\.safetensors"),
+        (lambda m: m.update(files=[".."]), RunError, "cannot be read"),
+        (lambda m: m.update(files=["a\0b"]), RunError, r"a\\x00b' cannot be read"),
+        (lambda m: m.update(files=["\ud800"]), RunError, r"\\ud800' cannot be read"),
+        (lambda m: m.update(version=0), RunError, "version"),
+        (lambda m: m["matrices"]["a.weight"].update(shape=[0, 2**64]), RunError, r"a\.weight is damaged"),
+        (lambda m: m["matrices"]["a.weight"].update(shape=[2**64, 0]), RunError, r"a\.weight is damaged"),
+        (lambda m: m["matrices"]["a.weight"].update(shape=[2**70, 2**70]), RunError, r"a\.weight is damaged"),
+        (lambda m: m["matrices"]["a.weight"].update(survivors=10**30), RunError, r"a\.weight is damaged"),
+        (lambda m: m["tensors"].update({"norm.weight": None}), RunError, r"norm\.weight is not of the type"),
+        (lambda m: m["tensors"]["norm.weight"].pop("checksum"), RunError, r"norm\.weight is damaged"),
     ],
 )
 def test_manifests_that_lie(plain: Path, tmp_path: Path, change: Any, kind: type[WandaError], match: str) -> None:
@@ -288,6 +298,53 @@ def test_manifests_that_lie(plain: Path, tmp_path: Path, change: Any, kind: type
     (tmp_path / "bad" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(kind, match=match):
         open_packed(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "listed"),
+    [
+        ("dense.weight", {"dtype": "F16"}, False),  # as many bytes
+        ("dense.weight", {"shape": [20, 80]}, False),
+        ("norm.weight", {"shape": [17, 1]}, False),
+        ("experts", {"shape": [8, 8]}, False),
+        ("flags", {"dtype": "U8"}, False),
+        ("a.weight.values", {"dtype": "F16"}, False),
+        ("a.weight.values", {"dtype": "F16"}, True),
+        ("b.weight.mask", {"dtype": "I64"}, True),
+        ("norm.weight", {"shape": [0, 10**30], "data_offsets": [0, 0]}, True),
+        ("norm.weight", {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, True),
+        ("norm.weight", {"shape": [17.0]}, True),
+        ("norm.weight", {"shape": "17"}, True),
+    ],
+)
+def test_headers_that_lie(plain: Path, tmp_path: Path, key: str, change: dict[str, Any], listed: bool) -> None:
+    """Type and shape are bound to the manifest, which lists the lie in some of the cases."""
+    manifest, data = copy(plain, tmp_path / "bad")
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[key].update(change)
+    head = json.dumps(header).encode()
+    head += b" " * (-(8 + len(head)) % 64)
+    (tmp_path / "bad" / DATA).write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length :])
+    if listed:
+        said = manifest["tensors"][key]
+        said.update({name: header[key][name] for name in ("dtype", "shape")})
+        if "data_offsets" in change:
+            said["checksum"] = xxhash.xxh3_64_hexdigest(b"")
+        manifest["checksum"] = manifest_checksum(manifest)
+        (tmp_path / "bad" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=key.removesuffix(".values").removesuffix(".mask")):
+        open_packed(tmp_path / "bad")
+
+
+def test_the_manifest_lists_type_and_shape_of_every_tensor(packed: Path) -> None:
+    from safetensors import safe_open
+
+    listed = json.loads((packed / MANIFEST).read_text())["tensors"]
+    with safe_open(packed / DATA, framework="pt") as file:
+        found = {key: (file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()) for key in listed}
+        assert set(file.keys()) == set(listed)
+    assert {key: (said["dtype"], said["shape"]) for key, said in listed.items()} == found
 
 
 def test_files_cut_short(packed: Path, tmp_path: Path) -> None:

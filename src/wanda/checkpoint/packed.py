@@ -1,7 +1,8 @@
 """The packed checkpoint (docs/packed-format.md): sparse matrices as survivors, mask and offsets; the rest as it was.
 
-A packed folder holds wanda_packed.json, which says what it is and lists every tensor's checksum, the safetensors files
-that it names, and the other files of the original. Reading maps the files; nothing is trusted before it is verified.
+A packed folder holds wanda_packed.json, which says what it is and lists every tensor's type, shape and checksum, the
+safetensors files that it names, and the other files of the original. Reading maps the files; nothing is trusted before
+it is verified.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def pack(
             "compressed": compress,
             "files": writer.files,
             "matrices": writer.matrices,
-            "checksums": writer.checksums,
+            "tensors": writer.tensors,
         }
         manifest["checksum"] = manifest_checksum(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -194,10 +195,16 @@ def open_packed(folder: Path) -> PackedCheckpoint:
             raise RunError(f"{folder / name} does not belong to this packed folder; copy or download it again")
         entries.update(found)
     bytes_of = _map(entries)
-    descriptions, checksums, compressed = manifest["matrices"], manifest["checksums"], manifest["compressed"]
-    for key in bytes_of.keys() ^ checksums.keys():
-        what = "has a checksum but is in none of the files" if key in checksums else "is not listed"
+    descriptions, listed, compressed = manifest["matrices"], manifest["tensors"], manifest["compressed"]
+    for key in bytes_of.keys() ^ listed.keys():
+        what = "is listed but is in none of the files" if key in listed else "is not listed"
         raise RunError(f"{folder}: {key} {what}; copy or download the folder again")
+    for key, entry in entries.items():
+        said = listed[key]
+        if not isinstance(said, dict) or (said.get("dtype"), said.get("shape")) != _type_of(entry):
+            raise RunError(f"{folder}: {key} is not of the type and shape that are listed; copy or download it again")
+        if entry.offset % entry.dtype.itemsize:
+            raise RunError(f"{folder}: {key} does not start at a multiple of its elements; copy or download it again")
 
     tensors = {key: _view(bytes_of[key], entry.dtype, entry.shape) for key, entry in entries.items()}
     parts = {key: [f"{key}.{name}" for name in _STORED[compressed]] for key in descriptions}
@@ -207,7 +214,7 @@ def open_packed(folder: Path) -> PackedCheckpoint:
         raise RunError(f"{folder}: {key} is there twice, packed and dense; copy or download the folder again")
 
     def verify_bytes(key: str) -> None:
-        if xxhash.xxh3_64_hexdigest(bytes_of[key]) != checksums[key]:
+        if xxhash.xxh3_64_hexdigest(bytes_of[key]) != listed[key].get("checksum"):
             raise RunError(f"{folder}: {key} is damaged: its checksum differs; copy or download it again")
 
     def take(key: str) -> PackedMatrix | None:
@@ -275,7 +282,7 @@ class _ShardWriter:
         self.folder, self.taken = folder, set(taken)
         self.files: list[str] = []
         self.matrices: dict[str, dict[str, Any]] = {}
-        self.checksums: dict[str, str] = {}
+        self.tensors: dict[str, dict[str, Any]] = {}
         self.nbytes = 0
         self._waiting: dict[str, Tensor | Entry] = {}
         self._filled = 0
@@ -287,7 +294,8 @@ class _ShardWriter:
         for key, tensor in tensors.items():
             if isinstance(tensor, Tensor) and key in self.taken:
                 raise RunError(f"the checkpoint has a tensor {key} already, so that packing is ambiguous; rename it")
-            self.checksums[key] = _checksum(_pieces(tensor))
+            dtype, shape = _type_of(tensor)
+            self.tensors[key] = {"dtype": dtype, "shape": shape, "checksum": _checksum(_pieces(tensor))}
         self._waiting.update(tensors)
         self._filled += size
 
@@ -309,6 +317,11 @@ def _by_alignment(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return not whole, -tensors[key].dtype.itemsize
 
     return {key: tensors[key] for key in sorted(tensors, key=rank)}
+
+
+def _type_of(tensor: Tensor | Entry) -> tuple[str, list[int]]:
+    """Type and shape as safetensors writes them."""
+    return NAMES[tensor.dtype], list(tensor.shape)
 
 
 def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview]:
@@ -384,10 +397,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is in version {version} of the packed format, this program reads up to {VERSION}; "
             "upgrade wanda-prune"
         )
-    types = {"version": int, "compressed": bool, "files": list, "matrices": dict, "checksums": dict}
+    types = {"version": int, "compressed": bool, "files": list, "matrices": dict, "tensors": dict}
     for name, kind in types.items():
         if not isinstance(manifest.get(name), kind):
             raise RunError(f"{file}: its entry {name} is missing or no {kind.__name__}; copy or download it again")
+    if type(version) is not int or version < 1:
+        raise RunError(f"{file}: there is no version {version} of the packed format; copy or download it again")
     try:
         whole = manifest.get("checksum") == manifest_checksum(manifest)
     except RecursionError:
@@ -448,8 +463,10 @@ def _matrix(key: str, description: Any, tensors: dict[str, Tensor], compressed: 
         survivors = description["survivors"]
     except (KeyError, TypeError, ValueError) as error:
         raise _DamagedError("its description is malformed") from error
-    if dtype not in KINDS or not all(type(n) is int and n >= 0 for n in (out, width, survivors)):
+    if dtype not in KINDS or not all(type(n) is int for n in (out, width, survivors)):
         raise _DamagedError("its description is malformed")
+    if min(out, width) < 1 or not 0 <= survivors <= min(out * width, MOST_SURVIVORS):
+        raise _DamagedError(f"it cannot have {survivors} survivors of {out} x {width} weights")
     lengths = part_lengths(out, width, survivors, dtype)
     stored = _STORED[compressed]
     try:

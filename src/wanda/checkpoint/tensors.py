@@ -39,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+_MOST = 2**63  # what torch counts elements in
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 header = json.loads(stream.read(length))
             except (ValueError, RecursionError) as error:
                 raise corrupt("its header is no JSON") from error
-    except OSError as error:
-        raise RunError(f"{file} cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a name with a null byte, or half a surrogate pair, is a ValueError
+        raise RunError(f"{str(file)!r} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not isinstance(header, dict):
         raise corrupt("its header is no table")
     metadata = header.pop("__metadata__", {}) or {}
@@ -115,12 +116,14 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     for key, value in header.items():
         try:
             dtype = DTYPES[value["dtype"]]
-            shape = tuple(int(n) for n in value["shape"])
-            begin, end = (int(n) for n in value["data_offsets"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            shape = tuple(value["shape"])
+            begin, end = value["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
             raise corrupt(f"the entry of {key} is malformed or of an unknown type") from error
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise corrupt(f"the entry of {key} holds something else than counts")
         nbytes = math.prod(shape) * dtype.itemsize
-        if min((*shape, begin), default=0) < 0 or end - begin != nbytes or start + end > size:
+        if end - begin != nbytes or start + end > size or math.prod(n or 1 for n in shape) * dtype.itemsize >= _MOST:
             raise corrupt(f"{key} does not fit the file")
         entries[key] = Entry(file, key, dtype, shape, start + begin, nbytes)
     return entries, metadata
