@@ -150,6 +150,19 @@ def test_summary_and_what_stays_dense(sparse: Path, tmp_path: Path) -> None:
     assert summary.folder_after == sum(entry.nbytes for entry in entries.values()) < summary.folder_before
 
 
+def test_safetensors_files_that_no_index_names_are_named(sparse: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in sparse.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    save_file({"x": torch.ones(2)}, source / "adapter.safetensors")
+    (source / "original").mkdir()
+    assert pack(str(source), tmp_path / "packed").left_out == ["adapter.safetensors", "original"]
+    save_file({"x": torch.ones(2)}, tmp_path / "packed" / "adapter.safetensors")
+    assert unpack(tmp_path / "packed", tmp_path / "again")[1] == ["adapter.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_several_files(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD", 9000)
     pack(str(sparse), tmp_path / "packed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,13 +67,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """A verified packed folder: matrices (by the name they had) that stay packed, and all other tensors, dense.
+    """A verified packed folder: its safetensors files, matrices (by the name they had) that stay packed, and all other tensors, dense.
 
     Tensors lie in the mapped files, so they take memory as they are touched; writing to one changes only this process's
     copy. Those of a compressed folder were decompressed into memory.
     """
 
     folder: Path
+    files: frozenset[str]
     matrices: dict[str, PackedMatrix]
     tensors: dict[str, Tensor]
 
@@ -137,13 +138,16 @@ def pack(
         }
         manifest["checksum"] = manifest_checksum(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        summary.left_out = _copy_others(source, partial)
+        summary.left_out = _copy_others(source, partial, {file.name for file in weight_files(source)})
     return summary
 
 
-def unpack(folder: Path, out: Path, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> int:
-    """Write a packed folder as an ordinary checkpoint with bit-identical tensors; returns the bytes of all tensors.
+def unpack(
+    folder: Path, out: Path, overwrite: bool = False, progress: Callable[[str], None] | None = None
+) -> tuple[int, list[str]]:
+    """Write a packed folder as an ordinary checkpoint with bit-identical tensors.
 
+    Returns the bytes of all tensors, and the names of files and folders in `folder` that were not taken over.
     Raises ConfigurationError when the folder is not packed or `out` is taken, RunError for a file that is damaged.
     """
     checkpoint = open_packed(folder)
@@ -175,8 +179,8 @@ def unpack(folder: Path, out: Path, overwrite: bool = False, progress: Callable[
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _copy_others(folder, partial)
-    return total
+        left_out = _copy_others(folder, partial, checkpoint.files)
+    return total, left_out
 
 
 def open_packed(folder: Path) -> PackedCheckpoint:
@@ -231,6 +235,7 @@ def open_packed(folder: Path) -> PackedCheckpoint:
     taken = _in_threads(take, [*alone, *descriptions])
     return PackedCheckpoint(
         folder,
+        frozenset(manifest["files"]),
         {key: matrix for key in descriptions if (matrix := taken[key]) is not None},
         {key: tensors[key] for key in entries if key in alone},
     )
@@ -363,17 +368,19 @@ def _output(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
         raise RunError(f"{out} cannot be written: {error.strerror}; free some space or choose another --out") from error
 
 
-def _copy_others(source: Path, target: Path) -> list[str]:
-    """Copy what is neither weights nor the manifest; returns the names of weight files in formats that are not read."""
+def _copy_others(source: Path, target: Path, taken: Set[str]) -> list[str]:
+    """Copy what is neither weights nor the manifest nor a folder; returns the names of what is left out.
+
+    taken: the weight files whose tensors were written anew.
+    """
     left_out = []
     for file in sorted(source.iterdir()):
-        if file.name == MANIFEST:
+        if file.name in (MANIFEST, "model.safetensors.index.json") or file.name in taken:
             continue
         if file.is_dir() or file.name.endswith(_WEIGHTS):
-            if not file.name.endswith((".safetensors", ".safetensors.index.json")):
-                left_out.append(file.name)
-            continue
-        shutil.copyfile(file, target / file.name)
+            left_out.append(file.name)
+        else:
+            shutil.copyfile(file, target / file.name)
     return left_out
 
 

@@ -52,5 +52,7 @@ def unpack_command(packed: Path, *, out: Path, overwrite: bool = False) -> None:
     from wanda.checkpoint.packed import unpack
 
     with progress("unpacking") as step:
-        total = unpack(packed, out, overwrite, step)
+        total, left_out = unpack(packed, out, overwrite, step)
+    for name in left_out:
+        print(f"wanda: {name} was not taken over", file=sys.stderr)
     print(f"{total / 1e6:.1f} MB of tensors written to {out}")
