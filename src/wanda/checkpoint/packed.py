@@ -67,7 +67,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """A verified packed folder: its safetensors files, matrices (by the name they had) that stay packed, and all other tensors, dense.
+    """A verified packed folder: names of its safetensors files, matrices (by the name they had), other tensors, dense.
 
     Tensors lie in the mapped files, so they take memory as they are touched; writing to one changes only this process's
     copy. Those of a compressed folder were decompressed into memory.
