@@ -141,7 +141,7 @@ def test_resuming_something_else_is_refused_by_name(source: Path, text: str, tmp
     with pytest.raises(ConfigurationError, match="another input"):
         prune(other, out=out, resume=True, **options)
     Path(text).touch()  # another time, the same tokens: this is the same run
-    with pytest.raises(ConfigurationError, match="unfinished run; go on with --resume or start anew"):
+    with pytest.raises(ConfigurationError, match=r"unfinished run of wanda prune; go on .* --resume, start anew"):
         prune(source, out=out, **options)
     prune(source, out=out, resume=True, **options)
     prune(source, out=out, overwrite=True, **options)

@@ -83,7 +83,7 @@ def test_an_interrupted_run_resumes_and_ends_the_same(pruned, text, tmp_path, mo
         for key, weight in load_file(file).items():
             if key in pruned_keys(folder):
                 assert int((weight.reshape(-1, 4) != 0).sum(1).max()) == 2
-    with pytest.raises(ConfigurationError, match=r"holds an unfinished run; go on with --resume"):
+    with pytest.raises(ConfigurationError, match=r"holds an unfinished run of wanda tune; go on .* --resume"):
         tune(folder, out=tmp_path / "stopped", **options)
     with pytest.raises(ConfigurationError, match=r"begun with other settings \(steps\)"):
         tune(folder, out=tmp_path / "stopped", resume=True, **(options | {"steps": 13}))

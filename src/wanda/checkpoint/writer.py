@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,16 +27,26 @@ from wanda.errors import ConfigurationError, RunError
 
 INDEX = "model.safetensors.index.json"
 _JOURNAL = "journal.jsonl"
+TUNE_IDENTITY = "tune.json"
+_RUNS = {_JOURNAL: "prune", TUNE_IDENTITY: "tune"}  # the file that a stopped run left, and whose run it is
 _LOCK = "lock"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _OURS = ("README.md", "wanda.json", _JOURNAL, _LOCK)
 
 
-def output_faults(out: Path, source: Path | None, overwrite: bool, resume: bool) -> list[str]:
-    """Why `out` cannot be written, one sentence each; writes nothing."""
+def output_faults(
+    out: Path, source: Path | None, overwrite: bool, resume: bool, command: Literal["prune", "tune"] = "prune"
+) -> list[str]:
+    """Why `out` cannot be written, one sentence each; writes nothing.
+
+    source: the input, which must not be lost. resume: go on with a stopped run of `command`; any other stopped run is
+    somebody's work, which only `overwrite` gives up.
+    """
     faults = []
     if source is not None and out.resolve() == source.resolve():
         faults.append(f"--out {out} is the input itself, which is never written to; choose another folder")
+    elif source is not None and out.resolve() in source.resolve().parents:
+        faults.append(f"--out {out} holds the input {source}, which is never written to; choose another folder")
     elif out.exists() and not out.is_dir():
         faults.append(f"--out {out} is a file; choose a folder")
     elif out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -49,8 +59,12 @@ def output_faults(out: Path, source: Path | None, overwrite: bool, resume: bool)
     elif not existing.is_dir() and existing != out.absolute():
         faults.append(f"--out {out} cannot be made: {existing} is a file; choose another folder")
     partial = partial_folder(out)
-    if not resume and not overwrite and (partial / _JOURNAL).exists():
-        faults.append(f"{partial} holds an unfinished run; go on with --resume or start anew with --overwrite")
+    for file, owner in _RUNS.items():
+        if not overwrite and not (resume and command == owner) and (partial / file).exists():
+            faults.append(
+                f"{partial} holds an unfinished run of wanda {owner}; go on with it by its --resume, start anew with "
+                "--overwrite, or choose another --out"
+            )
     return faults
 
 
@@ -226,7 +240,9 @@ class Writer:
 
     def _clear(self) -> None:
         for file in self.folder.iterdir():
-            if file.name != _LOCK:
+            if file.is_dir() and not file.is_symlink():  # a stopped run of tune has folders
+                shutil.rmtree(file)
+            elif file.name != _LOCK:
                 file.unlink()
 
 

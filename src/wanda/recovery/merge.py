@@ -10,7 +10,7 @@ from typing import Any
 from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, load_model
-from wanda.checkpoint.writer import partial_folder, replace_folder
+from wanda.checkpoint.writer import output_faults, partial_folder, replace_folder
 from wanda.errors import ConfigurationError
 from wanda.recovery.lora import load_adapter, merged_weights, require_peft
 from wanda.recovery.masks import read_masks
@@ -33,7 +33,7 @@ def merge(
     the masks do not match the recipe or the adapter does not fit.
     """
     folder, adapter, out = Path(folder), Path(adapter), Path(out).absolute()
-    _refuse(folder, out, overwrite)
+    _refuse(folder, adapter, out, overwrite)
     require_peft()
     source = Checkpoint.open(folder)
     model = load_model(folder, "float32", "cpu", trust_remote_code)
@@ -94,7 +94,7 @@ def _still_pruned(folder: Path, merged: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if f"{row['name']}.weight" not in merged]
 
 
-def _refuse(folder: Path, out: Path, overwrite: bool) -> None:
+def _refuse(folder: Path, adapter: Path, out: Path, overwrite: bool) -> None:
     faults = []
     if not folder.is_dir():
         faults.append(f"there is no folder {folder}; merge takes the folder of a pruned checkpoint")
@@ -105,9 +105,8 @@ def _refuse(folder: Path, out: Path, overwrite: bool) -> None:
             check_folder(folder)
         except ConfigurationError as error:
             faults += error.faults
-    if out == folder.absolute():
-        faults.append(f"--out {out} is the input itself, which is never written to; choose another folder")
-    elif out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        faults.append(f"--out {out} is not empty; choose another folder or pass --overwrite")
+    if out.resolve() == adapter.resolve():
+        faults.append(f"--out {out} is the adapter itself, which is never written to; choose another folder")
+    faults += output_faults(out, folder, overwrite, resume=False)
     if faults:
         raise ConfigurationError(faults)

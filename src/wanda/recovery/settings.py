@@ -82,8 +82,8 @@ class Settings:
             if field.name in _ADAPTER and (value := getattr(self, field.name)) != field.default
         ]
         if self.full and not self.lora and of_adapter:
-            what = f"{', '.join(of_adapter)}: of the adapter of --lora,"
-            faults.append(f"{what} and would change nothing with --full, where the masks always hold; leave out")
+            given = " and ".join(of_adapter)
+            faults.append(f"{given} would change nothing with --full: there is no adapter, and the masks always hold")
         for name, least in (
             ("steps", 1),
             ("seqlen", 2),

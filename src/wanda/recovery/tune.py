@@ -13,7 +13,7 @@ from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, context_length, load_config, load_model, load_tokenizer
 from wanda.checkpoint.tensors import sync_folder
-from wanda.checkpoint.writer import partial_folder, replace_folder
+from wanda.checkpoint.writer import TUNE_IDENTITY, output_faults, partial_folder, replace_folder
 from wanda.errors import ConfigurationError, MissingExtraError, RunError
 from wanda.recovery.lora import add_adapter, require_peft
 from wanda.recovery.masks import read_masks
@@ -21,7 +21,6 @@ from wanda.recovery.output import add_record, learning_curve, write_checkpoint
 from wanda.recovery.settings import Settings
 from wanda.recovery.text import sequences
 
-_IDENTITY = "tune.json"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -139,7 +138,6 @@ def card_text(record: dict[str, Any]) -> str:
 def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite: bool) -> None:
     """Everything that can be refused without loading the model; raises ConfigurationError with all faults."""
     faults = settings.faults()
-    partial = partial_folder(out)
     if not folder.is_dir():
         faults.append(f"there is no folder {folder}; tune takes the folder of a pruned checkpoint")
     elif is_packed(folder):
@@ -151,14 +149,7 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
             check_folder(folder)
         except ConfigurationError as error:
             faults += error.faults
-    if out == folder.absolute():
-        faults.append(f"--out {out} is the input itself, which is never written to; choose another folder")
-    elif out.is_file():
-        faults.append(f"--out {out} is a file; choose a folder")
-    elif out.is_dir() and any(out.iterdir()) and not overwrite:
-        faults.append(f"--out {out} is not empty; choose another folder or pass --overwrite")
-    if (partial / _IDENTITY).exists() and not (resume or overwrite):
-        faults.append(f"{partial} holds an unfinished run; go on with --resume or start anew with --overwrite")
+    faults += output_faults(out, folder, overwrite, resume, "tune")
     if faults:
         raise ConfigurationError(faults)
     try:
@@ -172,7 +163,7 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
 def _open_partial(out: Path, identity: dict[str, Any], resume: bool, main: bool) -> Path:
     """The folder in which `out` is built: a stopped run's of the same identity, else a new one (main process only)."""
     partial = partial_folder(out)
-    file = partial / _IDENTITY
+    file = partial / TUNE_IDENTITY
     if not main:
         return partial
     if resume and file.exists():
