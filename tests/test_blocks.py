@@ -13,7 +13,7 @@ from models import VOCABULARY
 from wanda.blocks import find_blocks, record, refuse_changed_arguments
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
-from wanda.errors import RunError
+from wanda.errors import ConfigurationError, RunError
 
 
 def ids(samples: int = 4, seqlen: int = 16) -> Tensor:
@@ -120,14 +120,14 @@ def test_shared_blocks_are_refused(tmp_path: Path) -> None:
     model = tiny("llama")
     layers = model.get_decoder().layers
     layers[2].mlp = layers[0].mlp
-    with pytest.raises(RunError, match="blocks 0 and 2 share mlp"):
+    with pytest.raises(ConfigurationError, match="blocks 0 and 2 share mlp"):
         find_blocks(model)
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     model = tiny("llama")
     model.config.num_hidden_layers = 77
-    with pytest.raises(RunError, match="no list of 77 blocks"):
+    with pytest.raises(ConfigurationError, match="no list of 77 blocks"):
         find_blocks(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ from wanda.recipe import Recipe
 from wanda.scores import SCORES
 from wanda.statistics import Statistics
 from wanda.updates import UPDATES
+from wanda.walk import Walk
 
 EXPERTS, CHOSEN = 4, 2
 
@@ -224,6 +226,7 @@ CHOICES = [
     {"variant": True},
     {"update": "swap+pcg", "experts": "all"},
     {"method": "best", "propagate": "block"},
+    {"method": "best", "propagate": "layer"},
 ]
 
 
@@ -242,6 +245,34 @@ def test_every_choice_works_on_experts(options: dict[str, Any]) -> None:
             assert row["tokens"] > 0 and 0 < row["relative_error"] < 1
         if not {"allocation", "variant"} & options.keys():
             assert row["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "jetmoe"])
+@pytest.mark.parametrize("propagate", ["block", "layer"])
+def test_the_dense_stream_stays_dense_beside_experts(
+    kind: str, propagate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the two streams route their tokens otherwise."""
+    model = tiny(kind, num_hidden_layers=3)
+    dense = copy.deepcopy(model)
+    entering: list[list[Tensor]] = []
+    for way in ("prune_by_layer", "prune_by_block"):
+        prune_block = getattr(Walk, way)
+
+        def watched(walk: Walk, solve: Any, prune_block: Any = prune_block) -> None:
+            assert walk.dense is not None
+            entering.append([x.clone() for x in walk.dense])
+            prune_block(walk, solve)
+
+        monkeypatch.setattr(Walk, way, watched)
+    report = prune_model(model, tokens(3), method="best", propagate=propagate, batch=1, expert_tokens=1)
+    for sample, ids in enumerate(tokens(3).split(1)):
+        states = dense(ids, output_hidden_states=True).hidden_states
+        for block, streams in enumerate(entering):
+            torch.testing.assert_close(streams[sample], states[block])
+    unpaired = {row["name"] for row in report.layers if any("no input that goes with" in note for note in row["notes"])}
+    fused = {n for n, parameter in dense.named_parameters() if parameter.ndim == 3}
+    assert unpaired == {row["name"] for row in report.layers if row["name"].rpartition(".")[0] in fused}
 
 
 ONE = 2 * 4 * 48 * 48  # bytes of the Gram matrix of the larger experts' inputs, and of its factor

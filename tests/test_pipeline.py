@@ -19,6 +19,7 @@ from wanda.calibration import token_ids
 from wanda.checkpoint.reader import Checkpoint
 from wanda.errors import ConfigurationError, RunError
 from wanda.pipeline import prune, prune_model
+from wanda.recipe import Recipe
 
 SAMPLES, SEQLEN, BATCH = 6, 24, 2
 OPTIONS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "batch": BATCH, "progress": False}
@@ -180,7 +181,8 @@ def test_magnitude_needs_no_calibration_and_says_what_is_unused(text: str, tmp_p
         weight = dense[row["name"] + ".weight"]
         mask = drop_lowest(weight.abs().reshape(1, -1), int(weight.numel() * 29 / 100)).reshape(weight.shape)
         assert torch.equal(torch.where(mask, weight, 0), pruned[row["name"] + ".weight"])
-    assert any("is not used" in note for note in report.notes)
+    (unused,) = [note for note in report.notes if note.startswith("not used")]
+    assert all(flag in unused for flag in (f"--calibration {text}", f"--samples {SAMPLES}", f"--seqlen {SEQLEN}"))
 
 
 def test_only_prunable_weights_differ_and_the_folder_is_an_ordinary_checkpoint(text: str, tmp_path: Path) -> None:
@@ -239,6 +241,10 @@ def test_pruning_in_memory_equals_pruning_the_checkpoint(text: str, tmp_path: Pa
     assert report.sparsity == 0.5
     with pytest.raises(ConfigurationError, match="needs calibration: pass token_ids"):
         prune_model(model)
+    with pytest.raises(ConfigurationError, match="calibration, dtype would be ignored: the model is in memory"):
+        prune_model(model, tokens_of(text), dtype="float32", calibration=text)
+    with pytest.raises(ConfigurationError, match="sparsity would be ignored beside a recipe"):
+        prune_model(model, tokens_of(text), recipe=Recipe(), sparsity=0.7)
     with pytest.raises(ConfigurationError, match="did you mean sparsity"):
         prune_model(model, sparsty=0.5)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wanda.commands.prune import flags_given
 from wanda.errors import ConfigurationError
 from wanda.methods import METHODS
 from wanda.recipe import Recipe, parse_bytes
@@ -40,6 +41,28 @@ def test_the_last_match_of_sparsity_of_counts() -> None:
     assert recipe.sparsity_for("model.layers.2.self_attn.k_proj") is None
 
 
+@pytest.mark.parametrize("field", ["propagate", "experts", "dtype"])
+def test_a_choice_that_is_none_is_refused_with_near_names(field: str) -> None:
+    (fault,) = Recipe(**{field: "rooted"}).faults(text=False)
+    assert f"unknown --{field} 'rooted'" in fault
+
+
+def test_flags_go_before_a_files_recipe() -> None:
+    base = Recipe(method="sparsegpt", samples=64, sparsity=0.7, exclude=("*.q_proj",)).resolved(text=False)
+    assert Recipe().over(base) == base
+    assert Recipe(seed=3).over(base).seed == 3
+    given = flags_given(["prune", "m", "--samples=128", "--recipe", "wanda.json", "--no-variant", "--sparsity", "0.5"])
+    assert given == {"samples", "variant", "sparsity"}
+    over = Recipe(sparsity=0.5).over(base, given)
+    assert (over.samples, over.sparsity, over.method, over.exclude) == (128, 0.5, "sparsegpt", ("*.q_proj",))
+    other = Recipe(method="ria").over(base).resolved(text=False)
+    assert (other.score, other.group, other.update, other.sparsity) == ("ria", "layer", "none", 0.7)
+    assert Recipe(method="wanda").over(base, {"method"}).resolved(text=False).score == "wanda"
+    fixed = Recipe(pattern="2:4").over(base).resolved(text=False)
+    assert (fixed.pattern, fixed.sparsity, fixed.update) == ("2:4", None, "obs")
+    assert Recipe(sparsity=0.4).over(fixed).resolved(text=False).pattern is None
+
+
 def test_files_without_a_recipe_are_refused(tmp_path: Path) -> None:
     for text in ("{}", "no json", '{"recipe": {"colour": "red"}}'):
         (tmp_path / "wanda.json").write_text(text)
@@ -54,7 +77,7 @@ def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert parse_bytes(f"{number}{unit[0]}") == number * unit[1]
 
 
-@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "four"])
+@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "four", "inf", "nan"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="is no size"):
         parse_bytes(text)

@@ -63,7 +63,9 @@ class Activations:
             while done < tensor.nbytes:
                 done += os.pwritev(self._file.fileno(), [view[done:]], start + done)
         except OSError as error:
-            raise RunError(f"activations cannot be written: {error.strerror}; free some space in TMPDIR") from error
+            raise RunError(
+                f"activations cannot be written: {error.strerror}; free some space in {self._folder}"
+            ) from error
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

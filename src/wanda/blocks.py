@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from wanda.chain import Chain, find_chain, first_tensor, hidden_argument, watch
-from wanda.errors import RunError
+from wanda.errors import ConfigurationError, RunError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def takes_images(model: nn.Module) -> bool:
 def find_blocks(model: nn.Module) -> Blocks:
     """A decoder's outermost ModuleList whose length is the config's num_hidden_layers; an image classifier's chain.
 
-    Raises RunError when there is none, or when blocks share parameters (pruning one would change another).
+    Raises ConfigurationError when there is none, or when blocks share parameters (pruning one would change another).
     """
     kind = type(model).__name__
     if takes_images(model):
@@ -66,14 +66,16 @@ def find_blocks(model: nn.Module) -> Blocks:
         count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
         found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if not found:
-            raise RunError(f"{kind} has no list of {count} blocks to walk; it is not a decoder that can be pruned")
+            raise ConfigurationError(
+                f"{kind} has no list of {count} blocks to walk; it is not a decoder that can be pruned"
+            )
         name, modules = min(found, key=lambda item: item[0].count("."))
         blocks = Blocks(tuple(f"{name}.{index}" for index in range(count)), list(modules))
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks.modules):
         for parameter_name, parameter in block.named_parameters():
             if owner.setdefault(id(parameter), index) != index:
-                raise RunError(
+                raise ConfigurationError(
                     f"{kind} cannot be walked block by block: blocks {owner[id(parameter)]} and {index} "
                     f"share {parameter_name}"
                 )

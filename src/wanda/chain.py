@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda.errors import RunError
+from wanda.errors import ConfigurationError
 from wanda.weights import find_matrices
 
 _SIDES = (224, 384, 32)  # of an image, in turn, where a config does not tell
@@ -133,12 +133,14 @@ def image_shapes(config: Any) -> list[tuple[int, int, int]]:
 def find_chain(model: nn.Module) -> Chain:
     """The chain of an image classifier; one block, the model itself, when it cannot be divided.
 
-    Raises RunError when no class of modules repeats, or no size of image passes through the model.
+    Raises ConfigurationError when no class of modules repeats, or no size of image passes through the model.
     """
     kind = type(model).__name__
     units = repeated_units(model)
     if not units:
-        raise RunError(f"{kind} has no repeated blocks that hold linear layers; it is no classifier that can be pruned")
+        raise ConfigurationError(
+            f"{kind} has no repeated blocks that hold linear layers; it is no classifier that can be pruned"
+        )
     why: Exception | None = None
     for shape in image_shapes(model.config):
         try:
@@ -147,7 +149,7 @@ def find_chain(model: nn.Module) -> Chain:
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, IndexError) as error:
             why = why or error
     else:
-        raise RunError(f"{kind}: images of no size that its config names pass through it ({why})")
+        raise ConfigurationError(f"{kind}: images of no size that its config names pass through it ({why})")
     calls = Counter(node.name for node in root)
     blocks = _cover(root, frozenset(units), calls, True, True)
     positions = width = 1

@@ -77,7 +77,8 @@ class Composition:
             problem.solution, problem.mask = UPDATES.get(update)(problem)
         assert problem.solution is not None and problem.mask is not None
         if not finite(problem.solution):
-            raise RunError(f"{name}: the update {self.update} gave values that are not finite; use more samples")
+            cure = "use more samples" if finite(weight) else "the input holds NaN or Inf weights there: mend it"
+            raise RunError(f"{name}: the update {self.update} gave values that are not finite; {cure}")
         error, is_exact = relative_error(weight, problem.solution, statistics)
         return Pruned(problem.solution, problem.mask, error, is_exact, statistics.notes + problem.notes)
 

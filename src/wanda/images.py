@@ -87,8 +87,14 @@ def open_images(source: str, role: str) -> Images:
     if path.is_file():
         import datasets
 
-        with _silent():
-            return _of_table(source, datasets.Dataset.from_parquet(str(path)))
+        try:
+            with _silent():
+                table = datasets.Dataset.from_parquet(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigurationError(
+                f"{path} cannot be read as a table of images ({str(error).strip().splitlines()[0]}); copy it again"
+            ) from error
+        return _of_table(source, table)
     files = sorted(_files(path))
     parents = [file.relative_to(path).parts[:-1] for file in files]
     classes = tuple(sorted({parts[0] for parts in parents if parts}))

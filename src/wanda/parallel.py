@@ -170,12 +170,13 @@ class Ranks:
             for statistics in seen.values():
                 statistics.reduced = True
             return dict.fromkeys(seen, (0,))
-        told = self.exchange([[n, s.owner, s.tokens, s.reduced] for n, s in seen.items()])
+        told = self.exchange([[n, s.owner, s.tokens, s.reduced, s.inherit] for n, s in seen.items()])
+        unpaired = {owner for entries in told for _, owner, _, reduced, inherit in entries if not (reduced or inherit)}
         inputs: dict[str, tuple[str, bool]] = {}
         holders: dict[str, list[int]] = {}
         tokens: dict[str, dict[int, int]] = {}
         for rank, entries in enumerate(told):
-            for name, owner, count, reduced in entries:
+            for name, owner, count, reduced, _ in entries:
                 if inputs.setdefault(name, (owner, reduced)) != (owner, reduced):
                     raise RunError(f"{name} shares its input with {inputs[name][0]} on some ranks only")
                 holders.setdefault(name, []).append(rank)
@@ -185,6 +186,8 @@ class Ranks:
             if owner not in mine:
                 mine[owner] = make(owner)
             statistics = mine[owner]
+            if owner in unpaired:
+                statistics.forget_lag()  # as on the rank that has none
             for tensor in statistics.tensors():
                 self.sum(tensor)
             statistics.tokens = sum(tokens[owner].values())

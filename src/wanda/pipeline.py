@@ -38,6 +38,10 @@ from wanda.statistics import Needs, Statistics
 from wanda.walk import Job, Walk
 from wanda.weights import Matrix
 
+_OF_CHECKPOINTS = frozenset(
+    ("calibration", "samples", "seqlen", "seed", "skip_unreadable", "dtype", "device", "memory", "trust_remote_code")
+)  # options that a model in memory has no use for
+
 
 def prune(
     model: str | Path,
@@ -64,7 +68,7 @@ def prune(
     anything is loaded or written; RunError for a fault on the way, leaving a resumable `out`.partial.
     """
     ranks = ranks or Ranks()
-    recipe = recipe or make_recipe(options)
+    recipe = make_recipe(options, recipe)
     plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world))
     ranks.connect(plan.skeleton.device)
     _same_plan(plan, ranks)
@@ -137,13 +141,19 @@ def prune_model(
 
     model: a transformers model on one device. token_ids: [samples, seqlen], without padding, or for a classifier images
     [samples, channels, height, width]; None for methods that need no calibration.
-    recipe, or options: the fields of Recipe that concern a model in memory.
+    recipe, or options: the fields of Recipe that concern a model in memory; others are refused.
     Returns the Report. Raises ConfigurationError before anything is changed, RunError on the way.
     """
     start = time.perf_counter()
-    recipe = recipe or make_recipe(options)
+    recipe = make_recipe(options, recipe)
     parts = _InMemory(model)
     matrices, dense, faults = choose(model, parts.blocks, recipe)
+    unused = recipe.changed() & _OF_CHECKPOINTS
+    if unused:
+        faults.append(
+            f"{', '.join(sorted(unused))} would be ignored: the model is in memory, and token_ids are what it is "
+            "calibrated with; leave them out"
+        )
     faults = recipe.faults(text=False) + faults
     if not faults:
         recipe = recipe.resolved(text=False)
@@ -199,10 +209,19 @@ def _experts_one_by_one(model: Any, matrices: Sequence[Sequence[Matrix]]) -> Ite
         model.set_experts_implementation(before)
 
 
-def make_recipe(options: Mapping[str, Any]) -> Recipe:
-    """A Recipe from keyword options; raises ConfigurationError for an option that does not exist."""
+def make_recipe(options: Mapping[str, Any], recipe: Recipe | None = None) -> Recipe:
+    """The recipe, or one from keyword options.
+
+    Raises ConfigurationError for an option that does not exist, or that would be ignored beside a recipe.
+    """
     known = set(Recipe.__dataclass_fields__)
     unknown = [f"there is no option {name!r}: {near(name, known)}" for name in options if name not in known]
+    if recipe is not None:
+        ignored = [name for name in options if name in known]
+        if ignored:
+            unknown.append(f"{' and '.join(ignored)} would be ignored beside a recipe: say it there")
+        if not unknown:
+            return recipe
     if unknown:
         raise ConfigurationError(unknown)
     values = dict(options)
@@ -271,7 +290,9 @@ class Pruner:
             notes.append(f"saw {tokens} calibration tokens: pruned by magnitude per row")
             composition, statistics = Composition("magnitude"), None
             if isinstance(pattern, (Variant, Unstructured)):
-                pattern = Unstructured(pattern.sparsity, "row")
+                pattern = Unstructured(
+                    pattern.sparsity, "row", spread=isinstance(pattern, Unstructured) and pattern.spread
+                )
         if statistics is None:
             statistics = Statistics(matrix.width, Needs.NOTHING, computed.device)
         view = matrix.view(stored)

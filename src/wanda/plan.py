@@ -31,6 +31,9 @@ from wanda.walk import expert_memory, groups_of
 from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 
 _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
+_OF_CALIBRATION = frozenset(
+    ("calibration", "samples", "seqlen", "seed", "skip_unreadable", "propagate", "experts", "expert_tokens", "batch")
+)  # options that nothing but a calibration uses
 _CONTEXT = 2048  # tokens of a sequence unless said otherwise
 EXPERTS_SHARE = 4  # of the available memory, one part goes to the Gram matrices of experts
 _UNTOLD = 400 << 20  # bytes of this process, where the system does not tell
@@ -231,12 +234,14 @@ def make_plan(
     faults += matrix_faults
     if faults:
         raise ConfigurationError(faults)
-    recipe = recipe.resolved()
+    asked, recipe = recipe, recipe.resolved()
     needs, notes = needs_of(recipe), _blocks_notes(skeleton)
     calibrated = needs > Needs.NOTHING
     image = image_shape(skeleton, recipe) if calibrated else None
-    if not calibrated and recipe.calibration != Recipe.calibration:
-        notes.append(f"calibration {recipe.calibration} is not used: {recipe.method} needs none")
+    unused = sorted(asked.changed() & _OF_CALIBRATION) if not calibrated else []
+    if unused:
+        flags = ", ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in unused)
+        notes.append(f"not used, since {recipe.method} needs no calibration: {flags}")
     plan = Plan(
         str(model),
         checkpoint,

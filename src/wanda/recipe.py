@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
 from wanda import images
-from wanda.errors import ConfigurationError
+from wanda.errors import ConfigurationError, near
 from wanda.images import is_images
 
 _AXES = ("score", "group", "update", "allocation", "propagate", "inherit")
@@ -118,6 +119,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 faults.append(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, choices in _choices().items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                faults.append(f"unknown --{name} {value!r}: {near(str(value), choices)}")
         for given in self.sparsity_of:
             _, equals, value = given.rpartition("=")
             try:
@@ -198,12 +203,29 @@ class Recipe:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{file} holds no recipe; give the wanda.json of an earlier run") from error
 
-    def over(self, base: Recipe) -> Recipe:
-        """`base` with every field of this recipe that differs from its default."""
-        changed = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        }
-        return dataclasses.replace(base, **changed)
+    def changed(self) -> set[str]:
+        """The names of the fields that differ from their defaults."""
+        return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+    def over(self, base: Recipe, given: Collection[str] = ()) -> Recipe:
+        """`base` with every field of this recipe that differs from its default, or is named in `given`.
+
+        Another method, sparsity or pattern takes the place of what the base's has filled in: its axes, the other two.
+        """
+        fields = {name: getattr(self, name) for name in self.changed().union(given)}
+        if "method" in fields:
+            fields = dict.fromkeys(_AXES) | fields
+        if "pattern" in fields:
+            fields = {"sparsity": None, "group": None} | fields
+        elif "sparsity" in fields:
+            fields = {"pattern": None} | fields
+        return dataclasses.replace(base, **fields)
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values of the fields that take one of a few."""
+    hints = {name: (hint, *get_args(hint)) for name, hint in get_type_hints(Recipe).items()}
+    return {n: get_args(part) for n, parts in hints.items() for part in parts if get_origin(part) is Literal}
 
 
 def parse_bytes(text: str) -> int:
@@ -213,7 +235,6 @@ def parse_bytes(text: str) -> int:
     stripped = text.strip().lower()
     number = stripped.rstrip("bkmgi ")
     try:
-        value = float(number) * units[stripped[len(number) :].strip()]
-    except (ValueError, KeyError):
+        return int(float(number) * units[stripped[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{text!r} is no size; write it like 4GB or 512MiB") from None
-    return int(value)

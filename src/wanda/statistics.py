@@ -98,6 +98,10 @@ class Statistics:
                 dense = dense.float()
             add_product(self.lag, dense - x, x)
 
+    def forget_lag(self) -> None:
+        """Go on without the dense model's inputs: there is none that goes with each of these."""
+        self.inherit, self.lag = False, None
+
     def input_norm(self) -> Tensor:
         """L2 norm of every input feature over the calibration tokens: [in]."""
         assert self.square_sum is not None

@@ -70,7 +70,8 @@ class Taps(TorchFunctionMode):
             return func(*args, **kwargs)
         hits: list[Hit] = []
         if func is nn.functional.linear:
-            hits = self._match(args[0], args[1] if len(args) > 1 else kwargs["weight"], contracted=-1)
+            x = args[0] if args else kwargs["input"]
+            hits = self._match(x, args[1] if len(args) > 1 else kwargs["weight"], contracted=-1)
         elif func in _CONVOLUTIONS and len(args) > 1:
             hits = self._match_convolution(*args, **kwargs)
         elif func in _X_TIMES_W:

@@ -108,23 +108,26 @@ class Walk:
         wanted: only these. again: the block was passed before, and the dense stream moved on.
         """
         order: list[str] = []
+        stop = all(matrix.expert is None for matrix in self.matrices)
+        current = last = 0
+        beside: dict[str, list[Tensor]] = {}
         self._wanted = self._matrix if wanted is None else wanted
 
         def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
+            nonlocal last
             for matrix, x in hits:
                 if self._counts(matrix):
                     if current == 0:
                         order.append(matrix.name)
-                    self._observe(current, matrix, x, beside.pop(matrix.name, None))
-            if stop and current > 0 and hits[-1][0].name == order[-1]:
+                    self._observe(current, matrix, x, _next(beside, matrix))
+                    last += [matrix.name] == order[-1:]  # a matrix may be multiplied more than once
+            if stop and current > 0 and last == order.count(order[-1]):
                 raise _Enough
             return compute()
 
-        stop = all(matrix.expert is None for matrix in self.matrices)
         taps = Taps(self._parameters, self.matrices, on_product)
-        beside: dict[str, Tensor] = {}
         for current, call in enumerate(self.calls):
-            self._current = current
+            self._current, last = current, 0
             if self.dense is not None and not again:
                 beside = self._dense_inputs(current)
             hidden = self.hidden[current].to(self.device)
@@ -201,7 +204,7 @@ class Walk:
         """
         hub = getcurrent()
         solved: set[str] = set()
-        beside: list[dict[str, Tensor]] = [{} for _ in self.calls]
+        beside: list[dict[str, list[Tensor]]] = [{} for _ in self.calls]
         waiting: dict[int, list[Brought]] = {}
         at_arrival = self.needs < Needs.GRAM  # sums of squares are small, and taken while the input is in the cache
 
@@ -210,7 +213,8 @@ class Walk:
             index, dense = me.place  # type: ignore[attr-defined]
             if dense:
                 output = compute()  # with the weights that are still dense
-                beside[index].update({matrix.name: x for matrix, x in hits})
+                for matrix, x in hits:
+                    beside[index].setdefault(matrix.name, []).append(x)
                 hub.switch()
                 return output
             fresh: list[Brought] = []
@@ -220,7 +224,7 @@ class Walk:
                 if matrix.name in solved:
                     self.late[matrix.name] = self.late.get(matrix.name, 0) + x.numel() // matrix.width
                 else:
-                    fresh.append((matrix, x, beside[index].pop(matrix.name, None)))
+                    fresh.append((matrix, x, _next(beside[index], matrix)))
                     if at_arrival:
                         self._observe(index, *fresh[-1])
             if fresh:
@@ -248,7 +252,11 @@ class Walk:
             return runner
 
         runners = [start(index, False) for index in range(len(self.calls))]
-        ahead = [start(index, True) for index in range(len(self.calls))] if self.dense is not None else []
+        ahead: list[greenlet] = []
+        if self.dense is not None and any(matrix.expert is not None for matrix in self.matrices):
+            beside = [self._dense_inputs(index) for index in range(len(self.calls))]  # it routes its tokens otherwise
+        elif self.dense is not None:
+            ahead = [start(index, True) for index in range(len(self.calls))]
         moving = list(range(len(self.calls)))
         taps = Taps(self._parameters, self.matrices, on_product)
         with self._all_experts():
@@ -369,6 +377,8 @@ class Walk:
             raise RunError(f"{matrix.name} shares its input with {known.owner} in some micro-batches only")
         if known is None:
             known = self._inputs[matrix.name] = self._empty(matrix.name)
+        if known.inherit and (beside is None or beside.shape != x.shape):
+            known.forget_lag()  # the dense model sends other tokens here
         known.update(x, beside if known.inherit else None)
         self._last[index] = (x, x._version, known)  # holds x, so that its memory is not given to another input
 
@@ -383,12 +393,17 @@ class Walk:
             and last[1] == x._version
         )
 
-    def _dense_inputs(self, index: int) -> dict[str, Tensor]:
-        """Move the dense stream's micro-batch `index` through the block; returns every matrix's input on the way."""
-        inputs: dict[str, Tensor] = {}
+    def _dense_inputs(self, index: int) -> dict[str, list[Tensor]]:
+        """Move the dense stream's micro-batch `index` through the block; returns every matrix's inputs on the way.
+
+        Those of fused experts are left out: they are of other tokens than the pruned stream's.
+        """
+        inputs: dict[str, list[Tensor]] = {}
 
         def on_product(hits: list[Hit], compute: Callable[[], Any]) -> Any:
-            inputs.update({matrix.name: x for matrix, x in hits})
+            for matrix, x in hits:
+                if matrix.expert is None:
+                    inputs.setdefault(matrix.name, []).append(x)
             return compute()
 
         assert self.dense is not None
@@ -410,6 +425,12 @@ class Walk:
             return first[_home(matrix)], matrix.expert, place[matrix.name]
 
         return sorted(self.matrices, key=key)
+
+
+def _next(inputs: dict[str, list[Tensor]], matrix: Matrix) -> Tensor | None:
+    """Take the next of a matrix's inputs, None when there is none."""
+    waiting = inputs.get(matrix.name)
+    return waiting.pop(0) if waiting else None
 
 
 def _home(matrix: Matrix) -> str:

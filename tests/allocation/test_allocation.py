@@ -51,6 +51,14 @@ def test_uniform_shares_leave_the_pattern_as_it_is() -> None:
         share_out([[(4, 8)], [(2, 4)]], [Fraction(1, 4), Fraction(3, 4)], pattern)
 
 
+@pytest.mark.parametrize("name", ["owl", "alpha"])
+def test_blocks_with_nothing_to_prune_change_nothing(name: str) -> None:
+    blocks = [BlockMeasure(3.0, 100), BlockMeasure(5.0, 300), BlockMeasure(4.0, 50)]
+    alone = ALLOCATIONS.get(name).allocate(blocks, Fraction(1, 2))
+    beside = ALLOCATIONS.get(name).allocate([BlockMeasure(0.0, 0), *blocks, BlockMeasure(0.0, 0)], Fraction(1, 2))
+    assert beside[1:-1] == alone and len(set(alone)) == 3
+
+
 def test_owl_is_the_papers_formula() -> None:
     blocks = []
     for block in range(4):

@@ -50,6 +50,13 @@ class Allocation(Protocol):
 ALLOCATIONS: Registry[Allocation] = Registry("allocation", __name__, __path__)
 
 
+def places(blocks: Sequence[BlockMeasure]) -> list[float]:
+    """Where every block's value lies between the lowest and the highest, 0 to 1; blocks with nothing to prune: 0."""
+    values = [block.value for block in blocks if block.weights]
+    low, reach = min(values, default=0.0), max(values, default=0.0) - min(values, default=0.0)
+    return [(block.value - low) / reach if block.weights and reach > 0 else 0.0 for block in blocks]
+
+
 def level(shares: Sequence[float], weights: Sequence[int], sparsity: Fraction) -> list[Fraction]:
     """Shift sparsities so that their mean over the weights is `sparsity`, exactly, and none leaves [0, 1].
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from wanda.allocation import ALLOCATIONS, BlockMeasure, level
+from wanda.allocation import ALLOCATIONS, BlockMeasure, level, places
 from wanda.statistics import Needs
 
 SPREAD = 0.3  # tau: before levelling, sparsities reach from (1 - tau) s to (1 + tau) s
@@ -23,10 +23,7 @@ class Alpha:
         return sum(exponent(weight.float()) for weight, _ in matrices) / len(matrices)
 
     def allocate(self, blocks: list[BlockMeasure], sparsity: Fraction) -> list[Fraction]:
-        values = [block.value for block in blocks]
-        low, reach = min(values), max(values) - min(values)
-        place = [(value - low) / reach if reach > 0 else 0.5 for value in values]
-        shares = [float(sparsity) * (1 - SPREAD + 2 * SPREAD * p) for p in place]
+        shares = [float(sparsity) * (1 - SPREAD + 2 * SPREAD * place) for place in places(blocks)]
         return level(shares, [block.weights for block in blocks], sparsity)
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from wanda.allocation import ALLOCATIONS, BlockMeasure, level
+from wanda.allocation import ALLOCATIONS, BlockMeasure, level, places
 from wanda.statistics import Needs, Statistics
 
 OUTLIER = 5.0  # M: times the mean of a block's scores
@@ -26,10 +26,7 @@ class OWL:
         return 100 * sum(int((wanda(*matrix) > OUTLIER * mean).sum()) for matrix in matrices) / count
 
     def allocate(self, blocks: list[BlockMeasure], sparsity: Fraction) -> list[Fraction]:
-        values = [block.value for block in blocks]
-        low, reach = min(values), max(values) - min(values)
-        keep = [(value - low) / reach * 2 * SPREAD if reach > 0 else 0.0 for value in values]
-        return level([-k for k in keep], [block.weights for block in blocks], sparsity)
+        return level([-2 * SPREAD * place for place in places(blocks)], [block.weights for block in blocks], sparsity)
 
 
 def wanda(weight: Tensor, statistics: Statistics) -> Tensor:

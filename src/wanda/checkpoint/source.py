@@ -158,7 +158,9 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
             config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
         return config
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trust_remote_code)}") from error
+        raise ConfigurationError(
+            f"{path}: {_unknown_architecture(path, error, trust_remote_code, 'a causal language model')}"
+        ) from error
 
 
 def is_timm(config: dict[str, Any]) -> bool:
@@ -244,7 +246,9 @@ def _loaded(
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         trusted = options["trust_remote_code"]
-        raise ConfigurationError(f"{path}: {_unknown_architecture(path, error, trusted)}") from error
+        kind_of_model = "an image classifier" if "Image" in auto_class.__name__ else "a causal language model"
+        why = _unknown_architecture(path, error, trusted, kind_of_model)
+        raise ConfigurationError(f"{path}: {why}") from error
     return model.to(place).eval(), sorted(told["missing_keys"])
 
 
@@ -291,11 +295,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _unknown_architecture(path: Path, error: Exception, trusted: bool) -> str:
+def _unknown_architecture(path: Path, error: Exception, trusted: bool, kind: str) -> str:
     if "trust_remote_code" in str(error) and not trusted:
         return "the model brings code of its own; read it, and allow it with --trust-remote-code"
     name = read_config(path).get("model_type", "?")
-    return f"transformers cannot load it as a causal language model (model_type {name!r}): {_first_line(error)}"
+    return f"transformers cannot load it as {kind} (model_type {name!r}): {_first_line(error)}"
 
 
 def _refuse_quantised(config: dict[str, Any], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ from cyclopts import Parameter
 from wanda.recipe import Recipe
 
 _NOTHING = Recipe()
+
+
+def flags_given(arguments: Sequence[str]) -> set[str]:
+    """The fields of Recipe whose flags stand in a command line, at whatever value."""
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    names = {name: name.replace("_", "-") for name in Recipe.__dataclass_fields__}
+    return {name for name, flag in names.items() if flags & {f"--{flag}", f"--no-{flag}"}}
 
 
 def prune_command(
@@ -52,7 +60,7 @@ def prune_command(
     from wanda.report.tables import print_plan, print_report
 
     if recipe is not None:
-        options = options.over(Recipe.from_file(recipe))
+        options = options.over(Recipe.from_file(recipe), flags_given(sys.argv[1:]))
     with Ranks.started() as ranks:
         result = prune(
             model,

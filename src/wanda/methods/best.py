@@ -7,8 +7,8 @@ from wanda.methods import METHODS, Method
 
 @METHODS.register
 class Best(Method):
-    """(the update owns the mask, row, admm-relaxed, uniform); target half way to the dense model's inputs."""
+    """(the update owns the mask, row, admm-relaxed, uniform); target a third of the way to the dense model's inputs."""
 
     score = None
     update = "admm-relaxed"
-    inherit = 0.5
+    inherit = 0.35
