@@ -209,7 +209,7 @@ def test_the_cleaned_full_hellaswag_asks_the_same(local_copies):
 
 def test_paper_is_seven_tasks_and_their_mean(local_copies):
     assert tuple(load_tasks(["paper", "rte"], data=local_copies).loaded) == PAPER
-    scores = [Score(name, "acc", value / 10, None, 1) for value, name in enumerate(PAPER)]
+    scores = [Score(name, "acc", value / 10, None, 1, 0) for value, name in enumerate(PAPER)]
     assert mean_of_paper(scores) == pytest.approx((0 + 1 + 2 + 3 + 4 + 5 + 6) / 70)
     assert mean_of_paper(scores[1:]) is None
 
@@ -231,6 +231,103 @@ def test_faults_are_named_before_a_model_is_loaded(local_copies, monkeypatch):
         load_tasks(["boolq"], include_path=local_copies / "absent")
 
 
+def test_damaged_local_files_are_named_with_reason_and_cure(local_copies):
+    """Whatever is wrong with a local file, the message names it, and no network."""
+    rte, zipped = local_copies / "rte/rte_dev.tsv", local_copies / "mmlu/mmlu_dev_test.zip"
+    header = "sentence1\tsentence2\tlabel\tidx\n"
+    whole = zipped.read_bytes()
+    middle = bytearray(whole)
+    middle[60:70] = b"\xff" * 10  # inside the first member
+    faults = [
+        ("rte", rte, b"sentence1\tsentence2\nA\tB\n", "has no column label"),
+        ("rte", rte, header.encode() + b"A\tB\t2\t0\n", "line 2 is not as docs/evaluation.md describes it"),
+        ("rte", rte, header.encode() + b"A\tB\n", "line 2 is not as docs/evaluation.md describes it"),
+        ("rte", rte, header.encode(), "holds no records"),
+        ("mmlu", zipped, whole[:100], "cannot be read"),
+        ("mmlu", zipped, bytes(middle), "cannot be read"),
+        ("mmlu", zipped, _zip("dev/abstract_algebra_dev.csv", "question,answer\nWhy?,0\n"), "line 2 is not as docs"),
+        ("mmlu", zipped, _zip("dev/abstract_algebra_dev.csv", _mmlu_row(4)), "line 2 is not as docs"),
+        (
+            "hellaswag_full",
+            local_copies / "hellaswag/hellaswag_val_full.txt.bz2",
+            bz2.compress(b"a\nx\n" * 3),
+            "line 1",
+        ),
+    ]
+    for task, file, content, reason in faults:
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError) as caught:
+            load_tasks([task], data=local_copies)
+        message = str(caught.value)
+        assert message.startswith(f"task {task}: {file}") and reason in message and "huggingface" not in message
+
+
+def test_a_line_separator_inside_a_sentence_ends_no_line(local_copies):
+    file = local_copies / "rte/rte_dev.tsv"
+    file.write_bytes("sentence1\tsentence2\tlabel\tidx\r\nA\u2028cat\x0b.\tB\x85.\t1\t0\r\n".encode())
+    (doc,) = load_tasks(["rte"], data=local_copies).loaded["rte"]["tasks"]["rte"].eval_docs
+    assert (doc["sentence1"], doc["sentence2"], doc["label"], doc["idx"]) == ("A\u2028cat\x0b.", "B\x85.", 1, "0")
+
+
+def test_faults_of_own_task_files_name_the_file_and_no_network(tmp_path, local_copies):
+    own = tmp_path / "own"
+    jsonl(own / "records.jsonl", [{"q": "a", "label": 0}])
+    file = own / "mine.yaml"
+    for change, reason in (
+        (("multiple_choice", "multiple_guess"), "Got invalid output_type 'multiple_guess'"),
+        (("records.jsonl", "absent.jsonl"), "absent.jsonl"),
+        (("doc_to_target: label", "doc_to_target: !function absent.f"), "absent"),
+    ):
+        file.write_text(own_task("mine", own).replace(*change), encoding="utf-8")
+        with pytest.raises(ConfigurationError) as caught:
+            load_tasks(["mine"], data=local_copies, include_path=own)
+        message = str(caught.value)
+        assert message.startswith(f"task mine: {file} ") and reason in message and "huggingface" not in message
+    for text, reason in (("task: [mine\n", "line 2"), ("include: absent_template\ntask: mine\n", "absent_template")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigurationError) as caught:
+            load_tasks(["rte"], data=local_copies, include_path=own)  # mine.yaml may be meant to be rte
+        assert str(file) in str(caught.value) and reason in str(caught.value) and "unknown" not in str(caught.value)
+
+
+def test_more_examples_than_there_are_is_one_fault_before_a_model_is_loaded(local_copies, tmp_path):
+    load_tasks(["mmlu"], data=local_copies, fewshot=5)
+    with pytest.raises(ConfigurationError, match=r"mmlu_abstract_algebra.* and 54 more have 5 examples .* 5 at most"):
+        load_tasks(["mmlu"], data=local_copies, fewshot=6)
+    own = tmp_path / "own"
+    jsonl(own / "records.jsonl", [{"q": f"{i}", "label": i % 2} for i in range(3)])
+    (own / "mine.yaml").write_text(own_task("mine", own) + "fewshot_split: test\n", encoding="utf-8")
+    suite = load_tasks(["mine"], data=local_copies, include_path=own, fewshot=2)
+    assert len(requests(suite.loaded["mine"]["tasks"]["mine"], 2)[0]) == 6
+    with pytest.raises(ConfigurationError, match=r"mine has 2 examples .* 2 at most"):  # the asked one is none
+        load_tasks(["mine"], data=local_copies, include_path=own, fewshot=3)
+
+
+def _zip(name: str, text: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def _mmlu_row(answer: int) -> str:
+    return f"question,choice0,choice1,choice2,choice3,answer\nWhy?,a,b,c,d,{answer}\n"
+
+
+def own_task(name: str, folder: Path) -> str:
+    """A task file of one's own, which reads records.jsonl of the same folder."""
+    return f"""task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "records.jsonl"}}}, cache_dir: {folder / "cache"}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "number {{{{q}}}} is"
+doc_to_target: label
+doc_to_choice: ["same", "same"]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
 def test_unknown_and_unreachable_tasks(monkeypatch, harness):
     monkeypatch.setattr("wanda.evaluation.tasks._manager", lambda *_: harness)
     with pytest.raises(ConfigurationError, match=r"unknown task 'bolq': did you mean boolq"):
@@ -247,19 +344,7 @@ def test_unknown_and_unreachable_tasks(monkeypatch, harness):
 def test_own_task_files_and_a_tiny_model(tmp_path, local_copies, tiny):
     """A task file of one's own is found and scored; accuracy and error by the textbook formulas."""
     jsonl(tmp_path / "own/records.jsonl", [{"q": f"{i}", "label": i % 2} for i in range(6)])
-    (tmp_path / "own/parity.yaml").write_text(
-        f"""task: parity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "own/records.jsonl"}}}, cache_dir: {tmp_path / "cache"}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "number {{{{q}}}} is"
-doc_to_target: label
-doc_to_choice: ["same", "same"]
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-""",
-        encoding="utf-8",
-    )
+    (tmp_path / "own/parity.yaml").write_text(own_task("parity", tmp_path / "own"), encoding="utf-8")
     seen = []
     suite = load_tasks(["parity"], data=local_copies, include_path=tmp_path / "own")
     scores = suite.run(load_model(tiny, "float32", "cpu"), load_tokenizer(tiny), limit=5, report=seen.append)
@@ -267,4 +352,5 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     (score,) = scores
     # Equal choices tie and the first wins: right for labels 0, which are 3 of the first 5.
     assert (score.task, score.metric, score.samples, score.value) == ("parity", "acc", 5, pytest.approx(0.6))
+    assert score.fewshot == 0
     assert score.error == pytest.approx((0.6 * 0.4 / 4) ** 0.5)

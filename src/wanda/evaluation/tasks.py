@@ -11,9 +11,10 @@ import difflib
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 
 from wanda.errors import ConfigurationError, MissingExtraError
@@ -29,7 +30,7 @@ class Score:
     """One task's result.
 
     value, error: accuracy and its standard error, from 0 to 1; error is None where the harness has none.
-    samples: how many records were scored.
+    samples: how many records were scored. fewshot: examples before each question; None for a group that mixes numbers.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Score:
     value: float
     error: float | None
     samples: int
+    fewshot: int | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class TaskSuite:
                 )
             assert results is not None  # only other ranks than the first get nothing, and there is one
             for row in [name] if name in loaded.get("groups", {}) else loaded["tasks"]:
-                scores.append(_score(row, results))
+                scores.append(_score(row, results, loaded["tasks"]))
                 report(scores[-1])
         return scores
 
@@ -92,8 +94,8 @@ def load_tasks(
     names: harness tasks or groups; "paper" stands for the paper's seven.
     data: folder of local sets, which then replace the hub's for the tasks in `local_tasks`.
     include_path: folder of the user's own task files, which go before all others.
-    Raises ConfigurationError for an unknown task, data that cannot be had, or few-shot examples that would come from
-    the scored records; MissingExtraError without lm-eval.
+    Raises ConfigurationError for an unknown task, a task file or data that cannot be read or had, few-shot examples
+    that would come from the scored records, or more of them than there are; MissingExtraError without lm-eval.
     """
     try:
         import lm_eval  # noqa: F401
@@ -102,6 +104,9 @@ def load_tasks(
     for folder, option in ((data, "--data"), (include_path, "--include-path")):
         if folder is not None and not folder.expanduser().is_dir():
             raise ConfigurationError(f"{option} {folder}: there is no such folder")
+    faults = [] if include_path is None else _file_faults(include_path.expanduser())
+    if faults:
+        raise ConfigurationError(faults)
     wanted = tuple(dict.fromkeys(part for name in names for part in (PAPER if name == "paper" else (name,))))
     with _quiet():
         manager = _manager(wanted, data, include_path)
@@ -133,14 +138,42 @@ def _manager(wanted: Sequence[str], data: Path | None, include_path: Path | None
     return TaskManager(include_path=folders or None, metadata=metadata)
 
 
+def _file_faults(folder: Path) -> list[str]:
+    """The task files of one's own that cannot be read, which the harness would leave out without a word."""
+    import yaml
+
+    faults = []
+    for file in sorted(folder.glob("**/*.yaml")):
+        try:
+            node = yaml.compose(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            faults.append(f"{file} cannot be read as a task file ({reason}); mend it, or take it away")
+            continue
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        included = [value for key, value in pairs if key.value == "include"]
+        for name in included[0].value if included and isinstance(included[0].value, list) else included:
+            if not (file.parent / name.value).is_file():
+                faults.append(
+                    f"{file} includes {name.value}, which is not there; mend it, or take it out of the folder"
+                )
+    return faults
+
+
 def _load(name: str, manager: Any) -> Any:
-    """The task or group called `name` with its data; whatever the hub or `datasets` raises becomes one message."""
+    """The task or group called `name` with its data; whatever its file, its code or its data raises is one message."""
     try:
         return manager.load([name])
     except ConfigurationError as error:
         raise ConfigurationError(f"task {name}: {error}") from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:
         entry = manager.task_index[name]
+        if not _is_miss(error):
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigurationError(
+                f"task {name}: {entry.yaml_path or 'one of its task files'} cannot be made ready "
+                f"({type(error).__name__}: {reason}); mend the file, or give what it asks for"
+            ) from error
         source = (entry.cfg or {}).get("dataset_path") or "its data set"
         local = sorted(file.stem for file in LOCAL_TASKS.glob("*.yaml"))
         cure = (
@@ -155,9 +188,25 @@ def _load(name: str, manager: Any) -> Any:
         ) from error
 
 
+def _is_miss(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that the hub cannot be reached or does not have a data set."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    misses = (ConnectionError, TimeoutError, gaierror, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError)
+    while error is not None:
+        if isinstance(error, misses):
+            return True
+        if isinstance(error, ValueError) and "Couldn't find cache" in str(error):  # datasets, without a network
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _set_fewshot(tasks: Iterable[Any], fewshot: int | None) -> None:
-    """Examples have to come from records that are not scored, and a task may fix their number."""
+    """Examples have to come from records that are not scored, be there, and a task may fix their number."""
     faults = [] if fewshot is None or fewshot >= 0 else [f"--fewshot {fewshot}: there cannot be fewer than none"]
+    short: dict[int, list[str]] = {}  # by how many examples there are: the tasks that have fewer than asked for
     for task in tasks:
         own = task.get_config("num_fewshot")
         if fewshot and own == 0:
@@ -167,12 +216,28 @@ def _set_fewshot(tasks: Iterable[Any], fewshot: int | None) -> None:
                 f"task {task.task_name} has no records beside the scored ones to take {fewshot} examples from; "
                 "leave --fewshot away, or use the hub's data (no --data), which has a training part"
             )
-        task.set_config("num_fewshot", (own or 0) if fewshot is None else fewshot)
+        else:
+            count = (own or 0) if fewshot is None else fewshot
+            if count > 0 and (there := _examples(task)) < count:
+                short.setdefault(there, []).append(task.task_name.rpartition("::")[2])
+            task.set_config("num_fewshot", count)
+    for there, names in short.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        faults.append(
+            f"{some} {'has' if len(names) == 1 else 'have'} {there} examples to give, fewer than asked for; "
+            f"take --fewshot {there} at most"
+        )
     if faults:
         raise ConfigurationError(faults)
 
 
-def _score(name: str, results: Any) -> Score:
+def _examples(task: Any) -> int:
+    """How many examples a question of the task can get; where they are scored records, it is not one itself."""
+    records = len(task.fewshot_docs())
+    return records - (task.config.fewshot_split is not None and task.config.fewshot_split == task.config.test_split)
+
+
+def _score(name: str, results: Any, tasks: Mapping[str, Any]) -> Score:
     """The task's accuracy, as the paper reports it (not the length-normalised one), else its first metric."""
     row = results["groups" if name in results.get("groups", {}) else "results"][name]
     metrics = [key for key in row if "," in key and "_stderr" not in key]
@@ -181,7 +246,15 @@ def _score(name: str, results: Any) -> Score:
     error = row.get(f"{metric}_stderr,{filtered}")
     counts = results["n-samples"]
     samples = sum(count["effective"] for task, count in counts.items() if task == name or name not in counts)
-    return Score(name, metric, float(row[chosen]), float(error) if isinstance(error, (int, float)) else None, samples)
+    fewshot = {task.get_config("num_fewshot") for task in ([tasks[name]] if name in tasks else tasks.values())}
+    return Score(
+        name,
+        metric,
+        float(row[chosen]),
+        float(error) if isinstance(error, (int, float)) else None,
+        samples,
+        fewshot.pop() if len(fewshot) == 1 else None,
+    )
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progres
 from wanda.errors import ConfigurationError
 
 LETTERS = "ABCDEFGH"
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # damaged, or encrypted
 
 
 def boolq(data: str, **_: Any) -> DatasetDict:
@@ -36,9 +38,18 @@ def boolq(data: str, **_: Any) -> DatasetDict:
 
 def rte(data: str, **_: Any) -> DatasetDict:
     """rte/rte_dev.tsv: GLUE's columns sentence1, sentence2, label (0 entailment, 1 not), idx."""
-    header, *rows = (line.split("\t") for line in _text(data, "rte/rte_dev.tsv").splitlines())
-    records = [dict(zip(header, row, strict=True)) for row in rows]
-    return _validation([{**record, "label": int(record["label"])} for record in records])
+    name = "rte/rte_dev.tsv"
+    # Only "\n" ends a line: sentences hold other characters that str.splitlines takes for ends.
+    header, *rows = (line.removesuffix("\r").split("\t") for line in _text(data, name).rstrip("\n").split("\n"))
+    for column in ("sentence1", "sentence2", "label"):
+        if column not in header:
+            raise ConfigurationError(f"{Path(data) / name} has no column {column} in its first line; copy it again")
+
+    def shaped(row: list[str]) -> dict[str, Any]:
+        record = dict(zip(header, row, strict=True))
+        return {**record, "label": _choice(record["label"], 2)}
+
+    return _validation(_shaped(Path(data) / name, enumerate(rows, 2), shaped))
 
 
 def hellaswag(data: str, **_: Any) -> DatasetDict:
@@ -57,16 +68,16 @@ def hellaswag_full(data: str, **_: Any) -> DatasetDict:
 
     The cleaning left the last, unfinished sentence in lower case, which the harness starts with a capital.
     """
-    lines = _text(data, "hellaswag/hellaswag_val_full.txt.bz2").rstrip("\n").split("\n")
+    name = "hellaswag/hellaswag_val_full.txt.bz2"
+    lines = _text(data, name).rstrip("\n").split("\n")
     if len(lines) % 6:
-        raise ConfigurationError(
-            f"{Path(data) / 'hellaswag/hellaswag_val_full.txt.bz2'} has {len(lines)} lines, not six a record"
-        )
-    records = [
-        {"query": capitalised(lines[i]), "label": int(lines[i + 1]), "choices": lines[i + 2 : i + 6]}
-        for i in range(0, len(lines), 6)
-    ]
-    return _validation(records)
+        raise ConfigurationError(f"{Path(data) / name} has {len(lines)} lines, not six a record; copy it again")
+
+    def shaped(six: list[str]) -> dict[str, Any]:
+        return {"query": capitalised(six[0]), "label": _choice(six[1], 4), "choices": six[2:]}
+
+    rows = ((i + 1, lines[i : i + 6]) for i in range(0, len(lines), 6))
+    return _validation(_shaped(Path(data) / name, rows, shaped))
 
 
 def capitalised(context: str) -> str:
@@ -98,24 +109,31 @@ def openbookqa(data: str, **_: Any) -> DatasetDict:
 def mmlu(data: str, subject: str, **_: Any) -> DatasetDict:
     """mmlu/mmlu_dev_test.zip: dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question, choice0..3, answer (0 to 3)."""
     path = _existing(data, "mmlu/mmlu_dev_test.zip")
+
+    def shaped(row: dict[str, str]) -> dict[str, Any]:
+        choices = [row[f"choice{i}"] for i in range(4)]
+        if None in (row["question"], *choices):
+            raise ValueError("too few columns")
+        return {
+            "question": row["question"],
+            "subject": subject,
+            "choices": choices,
+            "answer": _choice(row["answer"], 4),
+        }
+
     splits = {}
-    with zipfile.ZipFile(path) as archive:
-        for split in ("dev", "test"):
-            name = f"{split}/{subject}_{split}.csv"
-            if name not in archive.namelist():
-                raise ConfigurationError(f"{path} lacks {name}, which the task mmlu_{subject} reads")
-            rows = csv.DictReader(io.StringIO(archive.read(name).decode("utf-8"), newline=""))
-            splits[split] = Dataset.from_list(
-                [
-                    {
-                        "question": row["question"],
-                        "subject": subject,
-                        "choices": [row[f"choice{i}"] for i in range(4)],
-                        "answer": int(row["answer"]),
-                    }
-                    for row in rows
-                ]
-            )
+    for split in ("dev", "test"):
+        name = f"{split}/{subject}_{split}.csv"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(name).decode("utf-8") if name in archive.namelist() else None
+        except _UNREADABLE as error:
+            raise ConfigurationError(f"{path} cannot be read ({name}: {error}); copy it again") from error
+        if text is None:
+            raise ConfigurationError(f"{path} lacks {name}, which the task mmlu_{subject} reads; copy it again")
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows = ((table.line_num, row) for row in table)
+        splits[split] = Dataset.from_list(_shaped(path / name, rows, shaped))
     return DatasetDict(splits)
 
 
@@ -163,23 +181,37 @@ def _text(data: str, name: str) -> str:
     try:
         raw = path.read_bytes()
         return (bz2.decompress(raw) if path.suffix == ".bz2" else raw).decode("utf-8")
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigurationError(f"{path} cannot be read ({error}); copy it again") from error
 
 
 def _lines(data: str, name: str, shaped: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = ((number, line) for number, line in enumerate(_text(data, name).split("\n"), 1) if line.strip())
+    return _shaped(Path(data) / name, rows, lambda line: shaped(json.loads(line)))
+
+
+def _shaped(
+    path: Path, rows: Iterable[tuple[int, Any]], shaped: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows (line, content) of a file as records; a row that has not the right shape is named."""
     records = []
-    for number, line in enumerate(_text(data, name).split("\n"), 1):
-        if line.strip():
-            try:
-                records.append(shaped(json.loads(line)))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise ConfigurationError(
-                    f"{Path(data) / name}, line {number} is not as docs/evaluation.md describes it ({error!r})"
-                ) from error
+    for number, row in rows:
+        try:
+            records.append(shaped(row))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ConfigurationError(
+                f"{path}, line {number} is not as docs/evaluation.md describes it ({error!r}); mend it or copy it again"
+            ) from error
     if not records:
-        raise ConfigurationError(f"{Path(data) / name} holds no records; copy it again")
+        raise ConfigurationError(f"{path} holds no records; copy it again")
     return records
+
+
+def _choice(text: str, count: int) -> int:
+    """The index of a choice out of `count`."""
+    if not 0 <= int(text) < count:
+        raise ValueError(f"there is no choice {text} of {count}")
+    return int(text)
 
 
 def _validation(records: Iterable[dict[str, Any]]) -> DatasetDict:
