@@ -278,7 +278,7 @@ def _last_shape(decoder: nn.Module, blocks: Blocks, ids: Tensor) -> torch.Size:
 def _refuse_side_channels(
     model: nn.Module, plain: list[tuple[Call, Tensor]], changed: list[tuple[Call, Tensor]]
 ) -> None:
-    """Recorded twice, then with changed hidden states: any other argument that follows them is a side channel."""
+    """Recorded twice, then a third time with changed hidden states: what follows those is a side channel."""
     for index, ((one, _), (two, _)) in enumerate(zip(plain, changed, strict=True)):
         for (path, a), (_, b) in zip(_leaves(one), _leaves(two), strict=True):
             if isinstance(a, Tensor) and not torch.equal(a, b):

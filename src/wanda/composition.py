@@ -62,14 +62,13 @@ class Composition:
         statistics: Statistics,
         pattern: Pattern,
         name: str,
-        correction: Tensor | None = None,
     ) -> Pruned:
         """Prune the matrix called `name` (for messages); weight: [out, in] float32, never written to.
 
-        correction: [out, in], see Problem. Raises RunError when scores or updated weights are not finite.
+        Raises RunError when scores or updated weights are not finite.
         """
         select = self._select(weight, statistics, pattern, name)
-        problem = Problem(weight, statistics, pattern, select, self.inherit, correction)
+        problem = Problem(weight, statistics, pattern, select, self.inherit)
         if self.inherit and statistics.lag is None:
             problem.inherit = 0.0
             problem.notes.append("the dense model has no input that goes with this one: inherited errors not repaired")

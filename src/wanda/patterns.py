@@ -103,10 +103,6 @@ class Unstructured:
         size = int(self.group)
         return sum(int(out * min(size, width - start) * s) for start in range(0, width, size))
 
-    def misfit(self, out: int, width: int) -> str | None:
-        """Why an [out, width] matrix cannot be pruned so, or None."""
-        return None
-
 
 @dataclass(frozen=True)
 class NM:
@@ -153,10 +149,6 @@ class NM:
     def removed(self, out: int, width: int) -> int:
         """How many weights of an [out, width] matrix go."""
         return out * (width // self.m) * (self.m - self.n)
-
-    def misfit(self, out: int, width: int) -> str | None:
-        """Why an [out, width] matrix cannot be pruned so, or None."""
-        return f"its {width} inputs are not a multiple of {self.m}" if width % self.m else None
 
     @staticmethod
     def parse(text: str) -> NM:
@@ -208,10 +200,6 @@ class Variant:
     def removed(self, out: int, width: int) -> int:
         """How many weights of an [out, width] matrix go."""
         return int(out * width * self.sparsity) if self.spread else out * int(width * self.sparsity)
-
-    def misfit(self, out: int, width: int) -> str | None:
-        """Why an [out, width] matrix cannot be pruned so, or None."""
-        return None
 
     def mask(self, scores: Tensor, start: int = 0, width: int | None = None) -> Tensor:
         """scores: [out, k] of the columns from `start` of a matrix of `width` -> bool [out, k], True survives."""

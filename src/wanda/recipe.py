@@ -17,7 +17,7 @@ from wanda import images
 from wanda.errors import ConfigurationError, near
 from wanda.images import is_images
 
-_AXES = ("score", "group", "update", "allocation", "propagate", "inherit")
+_AXES = ("score", "group", "update", "allocation", "inherit")  # what a method chooses
 
 
 @Parameter(name="*")
@@ -90,9 +90,9 @@ class Recipe:
         from wanda.updates import UPDATES
 
         method = METHODS.get(self.method)
-        filled: dict[str, Any] = {axis: getattr(self, axis) for axis in _AXES}
+        filled: dict[str, Any] = {axis: getattr(self, axis) for axis in (*_AXES, "propagate")}
         for axis, value in filled.items():
-            if value is None:
+            if value is None and axis in _AXES:
                 filled[axis] = getattr(method, axis)
         if self.score is None and any(UPDATES.get(u).owns_mask for u in filled["update"].split("+")):
             filled["score"] = None

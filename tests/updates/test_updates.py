@@ -27,9 +27,8 @@ def group_text(pattern: object) -> str | None:
     return f"block:{group}" if isinstance(group, int) else group
 
 
-def pruned(update: str, w: Tensor, statistics: Statistics, pattern=HALF, score: str = "wanda", **more):
-    inherit = more.pop("inherit", 0.0)
-    return Composition(scored(update, score), update, inherit).prune(w, statistics, pattern, "a matrix", **more)
+def pruned(update: str, w: Tensor, statistics: Statistics, pattern=HALF, score: str = "wanda", inherit: float = 0.0):
+    return Composition(scored(update, score), update, inherit).prune(w, statistics, pattern, "a matrix")
 
 
 def fits(update: str, pattern: object) -> bool:
@@ -127,7 +126,7 @@ def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping_and_says
 
 @pytest.mark.parametrize("a", [0.5, 1.0])
 @pytest.mark.parametrize("update", [u for u in CHAINS if UPDATES.get(u.split("+")[-1]).solves])
-def test_inherited_errors_and_corrections_are_repaired(update: str, a: float) -> None:
+def test_inherited_errors_are_repaired(update: str, a: float) -> None:
     w, x = weights(24, 64), inputs(500, 64)
     dense = x + 0.5 * inputs(500, 64, seed=5)
     target = (a * dense + (1 - a) * x).double() @ w.double().T
@@ -135,16 +134,6 @@ def test_inherited_errors_and_corrections_are_repaired(update: str, a: float) ->
     repaired = pruned(update, w, gathered(x, dense), inherit=a).weight
     error = lambda b, target: float(((x.double() @ b.double().T - target) ** 2).sum())  # noqa: E731
     assert error(repaired, target) < error(blind, target)
-    drift = 0.3 * inputs(500, 64, seed=7) @ weights(64, 24, seed=6)  # [tokens, out], wanted beyond W X^T
-    target = x.double() @ w.double().T + drift
-    corrected = pruned(update, w, gathered(x), correction=drift.T @ x).weight
-    assert error(corrected, target) < error(blind, target)
-    # a correction that is a W lag is the same thing
-    lag = (dense - x).T @ x
-    same = pruned(update, w, gathered(x), correction=a * w @ lag)
-    close = pruned(update, w, gathered(x, dense), inherit=a)
-    assert float((same.mask == close.mask).float().mean()) > 0.99
-    assert float((same.weight - close.weight).norm() / close.weight.norm()) < 0.05
 
 
 def test_inputs_without_a_dense_counterpart_are_named() -> None:

@@ -21,7 +21,7 @@ def inspect_command(
     model
         A Hugging Face folder, a hub id, or a .gguf file.
     pattern
-        Check that every group obeys this N:M, such as 2:4; without it 2:4, 4:8 and 1:4 are tried, and the run's own.
+        Check that every group obeys this N:M, such as 2:4; without it 2:4, 4:8 and 1:4 are tried.
     json
         Print one JSON object instead of the table.
     trust_remote_code

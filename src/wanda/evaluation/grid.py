@@ -47,7 +47,7 @@ class Grid:
     inherit: Annotated[tuple[float, ...], _List] = ()
     """Shares of the dense model's inputs in the target of Gram-based updates, in place of the methods' own."""
     propagate: Annotated[tuple[str, ...], _List] = ()
-    """Ways through a block: layer, block."""
+    """Ways through a block: layer, block, none."""
     variant: bool = False
     """Wanda's variant: one threshold on running sums instead of a count per row."""
     sparsity: Annotated[tuple[float, ...], _List] = ()

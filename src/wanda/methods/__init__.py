@@ -17,7 +17,6 @@ class Method:
     group: row, layer, column or block:K (ignored with N:M, where the M inputs compete).
     update: an update's name or a chain `a+b`.
     allocation: an allocation's name.
-    propagate: block or layer; None takes the field's default.
     inherit: share a of the dense model's inputs in the target of Gram-based updates; 0 needs no second stream.
     """
 
@@ -26,7 +25,6 @@ class Method:
     group: str = "row"
     update: str = "none"
     allocation: str = "uniform"
-    propagate: str | None = None
     inherit: float = 0.0
 
 

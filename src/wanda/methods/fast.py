@@ -11,4 +11,3 @@ class Fast(Method):
 
     score = None
     update = "admm-relaxed"
-    inherit = 0.0

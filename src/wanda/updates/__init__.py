@@ -30,8 +30,6 @@ class Problem:
     pattern: which weights compete and how many survive.
     select: (current weights [out, k] of some columns, those columns) -> bool mask [out, k], True survives.
     inherit: a in [0, 1]; the target is W (a X_dense + (1 - a) X)^T, X_dense the dense model's inputs.
-    correction: [out, in] or None, added to the right-hand side W G of the normal equations: (output wanted beyond
-        W X^T)^T X, as for the drift of a residual stream.
     solution, mask: what the chain has so far, [out, in] float32 and bool; None for its first update.
     notes: sentences for the report (damping raised, say).
     """
@@ -41,22 +39,20 @@ class Problem:
     pattern: Pattern
     select: Callable[[Tensor, slice], Tensor]
     inherit: float = 0.0
-    correction: Tensor | None = None
     solution: Tensor | None = None
     mask: Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
     def beyond(self) -> Tensor | None:
-        """What the right-hand side has beyond W G: a W lag + correction, [out, in]; None when it has nothing.
+        """What the right-hand side has beyond W G: a W lag, [out, in]; None when it has nothing.
 
         An updated B minimises tr((B - W) G (B - W)^T) - 2 tr((B - W) beyond^T), the squared error to the target.
         """
         if self.inherit == 0:
-            return self.correction
+            return None
         if self.statistics.lag is None:
             raise ValueError("inherited errors were asked for, but the statistics have no lag")
-        inherited = (self.weight @ self.statistics.lag).mul_(self.inherit)
-        return inherited if self.correction is None else inherited.add_(self.correction)
+        return (self.weight @ self.statistics.lag).mul_(self.inherit)
 
     def row_panels(self, by_row: bool = True) -> Iterator[slice]:
         """Slices of rows small enough that their work stays in the cache; all rows at once unless `by_row`."""
@@ -72,7 +68,7 @@ class Update(Protocol):
     needs: ClassVar[Needs]
     owns_mask: ClassVar[bool]  # chooses the mask itself: a score named beside it is refused
     takes_chain: ClassVar[bool]  # may follow another update (`swap+pcg`): keeps the mask it is handed
-    solves: ClassVar[bool]  # refits the survivors to a right-hand side: knows `inherit` and `correction`
+    solves: ClassVar[bool]  # refits the survivors to a right-hand side: knows `inherit`
     within_rows: ClassVar[bool]  # needs rows whose counts stand by themselves: no column or block groups
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]: ...
