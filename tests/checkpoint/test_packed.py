@@ -163,6 +163,25 @@ def test_safetensors_files_that_no_index_names_are_named(sparse: Path, tmp_path:
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_code_that_config_names_has_to_be_there(sparse: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in sparse.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    names = {
+        "AutoConfig": "setup_own.Config",
+        "AutoTokenizer": [None, "words.Own"],
+        "AutoModel": "far/away--elsewhere.M",
+    }
+    (source / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    with pytest.raises(ConfigurationError, match=r"code of its own \(setup_own\.py, words\.py\)"):
+        pack(str(source), tmp_path / "packed")
+    (source / "setup_own.py").write_text("a = 1")
+    (source / "words.py").write_text("b = 2")
+    pack(str(source), tmp_path / "packed")
+    assert (tmp_path / "packed" / "words.py").read_text() == "b = 2"
+
+
 def test_several_files(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARD", 9000)
     pack(str(sparse), tmp_path / "packed")

@@ -22,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from wanda.checkpoint.packed_planes import join_planes, require_zstd, split_planes
-from wanda.checkpoint.source import resolve, weight_files
+from wanda.checkpoint.source import read_config, resolve, weight_files
 from wanda.checkpoint.tensors import DTYPES, NAMES, Entry, read_header, sync_folder, write_file
 from wanda.checkpoint.writer import output_faults, partial_folder, replace_folder
 from wanda.errors import ConfigurationError, RunError
@@ -108,6 +108,12 @@ def pack(
     if is_packed(Path(model)):
         raise ConfigurationError(f"{model} is packed already; unpack it first to pack it in another way")
     source = resolve(model)
+    lacking = _lacking_code(source)
+    if lacking:
+        raise ConfigurationError(
+            f"{source}: its config.json names code of its own ({', '.join(lacking)}) that the folder lacks, so what is "
+            "packed could not be loaded; download the whole model with its code (hf download) and pack that"
+        )
     entries: dict[str, Entry] = {}
     for file in weight_files(source):
         entries.update(read_header(file)[0])
@@ -254,6 +260,20 @@ def _naming(folder: Path, key: str) -> Iterator[None]:
 
 class _DamagedError(Exception):
     """Why a matrix cannot be used."""
+
+
+def _lacking_code(source: Path) -> list[str]:
+    """Files of modelling code that config.json names (auto_map: "file.Class") and the folder has not."""
+    code = read_config(source).get("auto_map")
+    found = [name for value in (code.values() if isinstance(code, dict) else ()) for name in _listed(value)]
+    here = [name for name in found if "--" not in name]  # "repository--file.Class" is fetched from there
+    files = {f"{name.partition('.')[0]}.py" for name in here}
+    return sorted(file for file in files if not (source / file).is_file())
+
+
+def _listed(value: Any) -> list[str]:
+    """The strings of an entry of auto_map, which is one or a list (of which some are null)."""
+    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
 
 
 def _pack_if_worth(key: str, entry: Entry, summary: Summary) -> PackedMatrix | None:
