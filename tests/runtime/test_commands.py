@@ -57,7 +57,8 @@ def test_run_streams_text_and_reports_speed(sparse: Path, tmp_path: Path, capsys
     assert run("run", tmp_path / "packed", "the quick brown", "--tokens", "6") == 0
     streamed = capsys.readouterr()
     assert streamed.out.strip() and "prompt tokens, first token after" in streamed.err
-    assert run("run", tmp_path / "packed", "the quick", "--tokens", "3", "--temperature", "0.8", "--seed", "3") == 0
+    sampled = ["--tokens", "3", "--temperature", "0.8", "--seed", "3", "--prefer", "memory"]
+    assert run("run", tmp_path / "packed", "the quick", *sampled) == 0
     capsys.readouterr()
     assert run("run", tmp_path / "packed", "", "--tokens", "0", "--temperature", "-1") == 2
     errors = capsys.readouterr().err
@@ -79,3 +80,8 @@ def test_bench(sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     show(result)
     assert "faster" in capsys.readouterr().out
     assert run("bench", tmp_path / "packed", "--against", sparse, "--rounds", "0") == 2
+    capsys.readouterr()
+    too_long = ["--prompt", "100", "--tokens", "29", "--prefill", "129"]  # of 128
+    assert run("bench", tmp_path / "packed", "--against", sparse, *too_long) == 2
+    said = capsys.readouterr().err
+    assert said.count("need 129 tokens, and the context of") == 4 and "--prefill 129" in said

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -20,11 +21,12 @@ from transformers import (
 )
 
 import wanda
-from models import tiny_llama, tiny_tokenizer
+from models import tiny_config, tiny_llama, tiny_tokenizer
 from wanda.checkpoint.packed import MANIFEST, manifest_checksum, pack
 from wanda.checkpoint.tensors import read_header
 from wanda.errors import ConfigurationError, RunError
-from wanda.runtime import loading
+from wanda.evaluation import models as evaluated
+from wanda.runtime import loading, semi_structured
 from wanda.runtime.layers import FastLinear, PackedLinear
 from wanda.runtime.loading import weights_of
 from wanda.runtime.measure import decode_seconds, fresh, prefill_seconds, read_bandwidth
@@ -62,6 +64,11 @@ def dense_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
+def in_memory(folder: Path) -> Any:
+    """Everything packed, on whatever kernels there are."""
+    return wanda.load(folder, prefer="memory")
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal up to a few roundings to bfloat16 on the way."""
     return bool(((a.float() - b.float()).abs() <= 0.03 * b.float().abs().max()).all())
@@ -69,7 +76,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @kernels_missing
 def test_logits_and_generated_text(pair: tuple[Path, Path]) -> None:
-    dense, packed = dense_model(pair[0]), wanda.load(pair[1])
+    dense, packed = dense_model(pair[0]), in_memory(pair[1])
     assert type(packed) is type(dense) and packed.dtype == torch.bfloat16 and not packed.training
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4 * 7
     assert packed.generation_config.to_dict() == dense.generation_config.to_dict()
@@ -85,8 +92,27 @@ def test_logits_and_generated_text(pair: tuple[Path, Path]) -> None:
 
 
 @kernels_missing
+def test_layers_that_gain_nothing_are_ordinary_and_that_is_said_once(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading, "without_gain", lambda matrices: {key for key in matrices if "mlp" in key})
+    packed, dense = wanda.load(pair[1]), dense_model(pair[0])
+    said = capsys.readouterr().err
+    assert said.count("12 of 28 packed matrices are loaded dense") == 1 and "prefer memory" in said
+    kinds = {name: type(module) for name, module in packed.named_modules() if "_proj" in name}
+    assert all((kind is PackedLinear) == ("mlp" not in name) for name, kind in kinds.items()) and len(kinds) == 28
+    weights = dict(dense.named_parameters())
+    for name in kinds:
+        assert torch.equal(packed.get_submodule(name).weight, weights[f"{name}.weight"])
+        assert (f"{name}.weight" in dict(packed.named_parameters())) == ("mlp" in name)
+    everything = in_memory(pair[1])
+    assert "loaded dense" not in capsys.readouterr().err
+    assert sum(isinstance(module, PackedLinear) for module in everything.modules()) == 28
+
+
+@kernels_missing
 def test_packed_layers_hold_no_dense_weight(pair: tuple[Path, Path]) -> None:
-    packed = wanda.load(pair[1])
+    packed = in_memory(pair[1])
     entries, _ = read_header(pair[1] / "packed-00001.safetensors")
     assert sum(tensor.nbytes for tensor in weights_of([packed])) == pytest.approx(
         sum(entry.nbytes for entry in entries.values()),
@@ -97,14 +123,14 @@ def test_packed_layers_hold_no_dense_weight(pair: tuple[Path, Path]) -> None:
 
 @kernels_missing
 def test_saving_writes_an_ordinary_checkpoint(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    wanda.load(pair[1]).save_pretrained(tmp_path / "again")
+    in_memory(pair[1]).save_pretrained(tmp_path / "again")
     before, after = dense_model(pair[0]).state_dict(), dense_model(tmp_path / "again").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 @kernels_missing
 def test_gradients_flow_through_packed_layers(pair: tuple[Path, Path]) -> None:
-    dense, packed = dense_model(pair[0]), wanda.load(pair[1])
+    dense, packed = dense_model(pair[0]), in_memory(pair[1])
     ids = torch.randint(300, (1, 20))
     gradients = []
     for model in (dense, packed):
@@ -115,6 +141,8 @@ def test_gradients_flow_through_packed_layers(pair: tuple[Path, Path]) -> None:
 
 def test_without_kernels_it_runs_dense(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "native", lambda: None)
+    with pytest.raises(ConfigurationError, match="needs the C kernels"):
+        in_memory(pair[1])
     packed, dense = wanda.load(pair[1]), dense_model(pair[0])
     assert not any(isinstance(module, PackedLinear | FastLinear) for module in packed.modules())
     ids = torch.randint(300, (1, 9))
@@ -128,7 +156,7 @@ def test_transposed_storage(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
     dense, packed = packed_pair(tmp_path, GPT2LMHeadModel(config))
-    model = wanda.load(packed)
+    model = in_memory(packed)
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 4
     ids = torch.randint(300, (1, 30))
     with torch.no_grad():
@@ -151,7 +179,7 @@ def test_experts_that_are_fused_in_memory_run_dense_and_say_so(
     )
     dense, packed = packed_pair(tmp_path, MixtralForCausalLM(config))
     capsys.readouterr()
-    model = wanda.load(packed)
+    model = in_memory(packed)
     assert "18 packed matrices are fused in memory" in capsys.readouterr().err
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 4
     ids = torch.randint(300, (1, 30))
@@ -188,11 +216,87 @@ def test_a_matrix_of_another_width_is_refused_by_name(pair: tuple[Path, Path], t
 def test_what_load_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="no packed checkpoint"):
         wanda.load(tiny)
-    with pytest.raises(ConfigurationError, match="did you mean"):
-        wanda.load(tiny, backend="semi-structured")
+    with pytest.raises(ConfigurationError, match=r"(?s)did you mean semi_structured.*did you mean memory"):
+        wanda.load(tiny, backend="semi-structured", prefer="memroy")
+    with pytest.raises(ConfigurationError, match="would change nothing"):
+        wanda.load(tiny, backend="semi_structured", prefer="memory")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="NVIDIA"):
         wanda.load(tiny, backend="semi_structured")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bfloat16_cpu", [False, True])
+def test_tensor_cores_get_the_type_that_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packed: bool, bfloat16_cpu: bool
+) -> None:
+    """Whatever this CPU computes in, and whatever config.json says; what follows needs a GPU."""
+    model = LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=64, num_hidden_layers=1)).to(dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.view(-1, 4)[:, :2] = 0
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    if packed:
+        pack(str(tmp_path / "model"), tmp_path / "packed")
+    monkeypatch.setattr("wanda.device.cpu_has_bfloat16", lambda: bfloat16_cpu)
+    monkeypatch.setattr(semi_structured, "require_cuda", lambda: None)
+    monkeypatch.setattr(semi_structured, "convert", lambda model: (sparse_layers(model), model)[1])
+    loaded = wanda.load(tmp_path / ("packed" if packed else "model"), backend="semi_structured")
+    before = dict(model.named_parameters())
+    assert all(torch.equal(value, before[name]) and value.dtype == dtype for name, value in loaded.named_parameters())
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *inputs, **options):
+        result = super().forward(*inputs, **options)
+        result.logits = result.logits + 1
+        return result
+"""
+
+
+@kernels_missing
+def test_code_of_the_models_own_runs_when_it_is_trusted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for file in pair[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own-llama", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE)
+    pack(str(folder), tmp_path / "packed")
+    for load in (wanda.load, evaluated.load):
+        with pytest.raises(ConfigurationError, match="--trust-remote-code"):
+            load(tmp_path / "packed")
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        plain = in_memory(pair[1])(ids).logits
+        for model in (
+            wanda.load(tmp_path / "packed", prefer="memory", trust_remote_code=True),
+            evaluated.load(tmp_path / "packed", trust_remote_code=True),
+        ):
+            assert type(model).__name__ == "OwnModel" and close(model(ids).logits, plain + 1)
+    # a config that transformers knows, with a class that it does not
+    config |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"own\.OwnModel.*trust_remote_code"):
+        wanda.load(tmp_path / "packed")
+    (tmp_path / "packed" / "own.py").write_text("import nothing_of_that_name")
+    with pytest.raises(ConfigurationError, match=r"own\.OwnModel that config.json names cannot be loaded"):
+        wanda.load(tmp_path / "packed", trust_remote_code=True)
 
 
 def test_the_pattern_of_sparse_tensor_cores() -> None:
@@ -221,7 +325,7 @@ def test_the_pattern_of_sparse_tensor_cores() -> None:
 
 @kernels_missing
 def test_measuring(pair: tuple[Path, Path]) -> None:
-    model = wanda.load(pair[1])
+    model = in_memory(pair[1])
     assert decode_seconds(model, 3, 2) > 0 and prefill_seconds(model, 20) > 0 and read_bandwidth(1 << 20, 2) > 0
     alone = fresh(pair[1], packed=True)
     assert 0 < alone.opened <= alone.ready and alone.resident > 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -32,6 +33,10 @@ class Options:
     """Rounds; every model has its turn in each."""
     threads: int | None = None
     """Threads; what torch takes when nothing is said."""
+    prefer: Literal["speed", "memory"] = "speed"
+    """speed: layers that decode no faster packed on this machine are loaded dense; memory: all stay packed."""
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False
+    """Run modelling code that comes with the models."""
     json: bool = False
     """End with one JSON object on standard output instead of a table."""
 
@@ -54,20 +59,41 @@ def bench_command(packed: Path, *, against: str, options: Options | None = None)
     ]
     if faults:
         raise ConfigurationError(faults)
-    result = measure(packed, against, options)
+    from wanda.checkpoint.source import resolve
+
+    dense = resolve(against, options.trust_remote_code)
+    check_lengths((packed, dense), options)
+    result = measure(packed, dense, options)
     if options.json:
         print(json.dumps(result))
     else:
         show(result)
 
 
-def measure(packed: Path, against: str, options: Options) -> dict[str, Any]:
-    """All figures, in seconds and bytes, as plain JSON values."""
+def check_lengths(folders: Iterable[Path], options: Options) -> None:
+    """Raise ConfigurationError when a model's context is shorter than what is to be run."""
+    from wanda.checkpoint.source import context_length, load_config
+
+    faults = []
+    for folder in folders:
+        context = context_length(load_config(folder, options.trust_remote_code))
+        wanted = {
+            f"--prompt {options.prompt} and --tokens {options.tokens}": options.prompt + options.tokens,
+            f"--prefill {options.prefill}": options.prefill,
+        }
+        for name, tokens in wanted.items():
+            if context is not None and tokens > context:
+                faults.append(f"{name} need {tokens} tokens, and the context of {folder} has {context}; ask for less")
+    if faults:
+        raise ConfigurationError(faults)
+
+
+def measure(packed: Path, folder: Path, options: Options) -> dict[str, Any]:
+    """All figures of a packed folder and of a dense one, in seconds and bytes, as plain JSON values."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from wanda.checkpoint.source import resolve
+    from wanda.checkpoint.source import load_model
     from wanda.runtime.loading import load
     from wanda.runtime.measure import (
         Spread,
@@ -82,11 +108,14 @@ def measure(packed: Path, against: str, options: Options) -> dict[str, Any]:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    folder = resolve(against)
-    alone: dict[str, Fresh] = {"dense": fresh(folder, packed=False), "packed": fresh(packed, packed=True)}
+    trust = options.trust_remote_code
+    alone: dict[str, Fresh] = {
+        "dense": fresh(folder, packed=False, trust_remote_code=trust),
+        "packed": fresh(packed, packed=True, prefer=options.prefer, trust_remote_code=trust),
+    }
     models: dict[str, Any] = {
-        "dense": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(),
-        "packed": load(packed),
+        "dense": load_model(folder, "bfloat16", "cpu", trust),
+        "packed": load(packed, prefer=options.prefer, trust_remote_code=trust),
     }
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "options": asdict(options)}
     for what, run in (

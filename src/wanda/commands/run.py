@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -25,6 +25,10 @@ class Options:
     """Seed of the sampling."""
     raw: bool = False
     """Continue the prompt as it stands, even when the tokenizer has a chat template."""
+    prefer: Literal["speed", "memory"] = "speed"
+    """speed: layers that decode no faster packed on this machine are loaded dense; memory: all stay packed."""
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False
+    """Run modelling code that comes with the model."""
 
 
 def run_command(packed: Path, prompt: str, *, options: Options | None = None) -> None:
@@ -54,8 +58,8 @@ def run_command(packed: Path, prompt: str, *, options: Options | None = None) ->
     from wanda.runtime.loading import load
 
     start = time.perf_counter()
-    model = load(packed)
-    tokenizer = load_tokenizer(packed)
+    model = load(packed, prefer=options.prefer, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(packed, options.trust_remote_code)
     print(f"loaded in {time.perf_counter() - start:.2f} s", file=sys.stderr)
     if tokenizer.chat_template and not options.raw:
         chat = [{"role": "user", "content": prompt}]

@@ -29,4 +29,4 @@ def load(folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_c
         return load_model(folder, dtype, device, trust_remote_code)
     from wanda.runtime.loading import load as load_packed
 
-    return load_packed(folder)
+    return load_packed(folder, trust_remote_code=trust_remote_code)

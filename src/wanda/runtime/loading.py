@@ -2,13 +2,15 @@
 
 transformers itself does the loading, with all its renaming, tying and buffers. Each packed weight is handed to it as a
 placeholder: one element expanded to the weight's shape, which takes no memory. Where that very element turns up in the
-finished model is where the packed matrix belongs; no architecture is known here.
+finished model is where the packed matrix belongs; no architecture is known here. What packing would slow down is loaded
+dense (choice.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,34 +19,69 @@ import torch
 from torch import Tensor, nn
 
 from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
-from wanda.checkpoint.source import load_config, load_model, resolve
+from wanda.checkpoint.source import load_config, load_model, resolve, weight_files
+from wanda.checkpoint.tensors import read_header
 from wanda.errors import ConfigurationError, RunError, near
-from wanda.kernels.native import native
+from wanda.kernels.native import LEVELS, level, native
 from wanda.kernels.packed import PackedMatrix, tiled
+from wanda.runtime.choice import without_gain
 from wanda.runtime.layers import FastLinear, PackedLinear
 
 BACKENDS = ("cpu", "semi_structured")
+PREFERENCES = ("speed", "memory")
 
 
-def load(path: str | os.PathLike[str], backend: Literal["cpu", "semi_structured"] = "cpu") -> Any:
+def load(
+    path: str | os.PathLike[str],
+    backend: Literal["cpu", "semi_structured"] = "cpu",
+    prefer: Literal["speed", "memory"] = "speed",
+    trust_remote_code: bool = False,
+) -> Any:
     """A transformers model, in eval mode, of a packed checkpoint: generate, pipelines and evaluation work as ever.
 
     backend "cpu": sparse linear layers stay packed, mapped from the file, and run on our kernels.
-    backend "semi_structured": the 2:4 layers of a packed or ordinary checkpoint run on a GPU's sparse tensor cores.
-    Raises ConfigurationError when the folder is not packed or the backend cannot work here, RunError for damage.
+    backend "semi_structured": the 2:4 layers of a packed or ordinary checkpoint, in the type they are stored in, run on
+    a GPU's sparse tensor cores.
+    prefer "speed": layers that are not predicted to decode faster packed (choice.py) are loaded dense, which is said on
+    stderr; "memory": everything stays packed.
+    trust_remote_code: run modelling code that lies in the folder.
+    Raises ConfigurationError when the folder is not packed or what is asked for cannot be had here, RunError for
+    damage.
     """
+    faults = []
     if backend not in BACKENDS:
-        raise ConfigurationError(f"unknown backend {backend!r}: {near(backend, BACKENDS)}")
+        faults.append(f"unknown backend {backend!r}: {near(backend, BACKENDS)}")
+    if prefer not in PREFERENCES:
+        faults.append(f"unknown preference {prefer!r}: {near(prefer, PREFERENCES)}")
+    if prefer == "memory" and backend == "semi_structured":
+        faults.append('prefer="memory" would change nothing on the semi_structured backend; leave it away')
+    if faults:
+        raise ConfigurationError(faults)
     folder = Path(path)
     if backend == "semi_structured":
         from wanda.runtime.semi_structured import convert, require_cuda
 
         require_cuda()
-        model = _all_dense(folder) if is_packed(folder) else load_model(resolve(path), device="cpu")
-        return convert(model)
+        if is_packed(folder):
+            return convert(_all_dense(folder, trust_remote_code))
+        folder = resolve(path, trust_remote_code)
+        return convert(load_model(folder, _stored(folder), "cpu", trust_remote_code))
     if native() is None:
-        return _all_dense(folder)
-    model = _from_checkpoint(open_packed(folder), set())
+        if prefer == "memory":
+            raise ConfigurationError(
+                'prefer="memory" needs the C kernels, which are not here, so that packed layers are expanded when they '
+                "are loaded; install a C compiler and reinstall wanda-prune"
+            )
+        return _all_dense(folder, trust_remote_code)
+    checkpoint = open_packed(folder)
+    dense = set() if prefer == "memory" else without_gain(checkpoint.matrices)
+    if dense:
+        _say(
+            f"{len(dense)} of {len(checkpoint.matrices)} packed matrices are loaded dense, because torch is predicted "
+            f"to decode faster with them than the packed kernels of this machine ({LEVELS[level()]}); "
+            "prefer memory to speed to keep them packed"
+        )
+    model = _from_checkpoint(checkpoint, dense, trust_remote_code)
     if tiled(torch.bfloat16):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
@@ -52,20 +89,29 @@ def load(path: str | os.PathLike[str], backend: Literal["cpu", "semi_structured"
     return model
 
 
-def _all_dense(folder: Path) -> Any:
+def _all_dense(folder: Path, trust_remote_code: bool) -> Any:
     checkpoint = open_packed(folder)
-    return _from_checkpoint(checkpoint, set(checkpoint.matrices))
+    return _from_checkpoint(checkpoint, set(checkpoint.matrices), trust_remote_code)
 
 
-def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str]) -> Any:
+def _stored(folder: Path) -> str:
+    """The name of the type that most bytes of an ordinary checkpoint's matrices are stored in."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for file in weight_files(folder):
+        for entry in read_header(file)[0].values():
+            nbytes[entry.dtype] += entry.nbytes if len(entry.shape) > 1 else 0
+    return str(max(nbytes, key=nbytes.__getitem__, default=torch.float32)).removeprefix("torch.")
+
+
+def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str], trust_remote_code: bool) -> Any:
     """The model, in which the matrices named in `dense` are ordinary parameters."""
     store, state = _placeholders(checkpoint, dense)
-    model = _build(checkpoint, state)
+    model = _build(checkpoint, state, trust_remote_code)
     fused = store.keys() - _put_in_place(model, checkpoint, store)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
         _say(f"{len(fused)} packed matrices are fused in memory ({min(fused)}, ...), so they run dense")
-        return _from_checkpoint(checkpoint, dense | fused)
+        return _from_checkpoint(checkpoint, dense | fused, trust_remote_code)
     return model.eval()
 
 
@@ -82,15 +128,38 @@ def _placeholders(checkpoint: PackedCheckpoint, dense: set[str]) -> tuple[dict[s
     return store, state
 
 
-def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor]) -> Any:
+def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The model's class: from the code beside config.json when there is some and it may run, else transformers' own."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    config = load_config(checkpoint.folder)
-    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own and trust_remote_code:
+        try:
+            return get_class_from_dynamic_module(own, folder)
+        except (ValueError, OSError, ImportError, AttributeError, SyntaxError) as error:
+            raise ConfigurationError(
+                f"{folder}: the code {own} that config.json names cannot be loaded "
+                f"({(str(error).strip() or repr(error)).splitlines()[0]}); copy it from the original model"
+            ) from error
+    kind = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+    if kind is None and own:
+        raise ConfigurationError(
+            f"{folder}: the model brings code of its own ({own}); read it, and allow it with --trust-remote-code "
+            "(trust_remote_code=True)"
+        )
     if kind is None:
         kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
-        raise ConfigurationError(f"{checkpoint.folder}: its config.json names no architecture that transformers knows")
+        raise ConfigurationError(f"{folder}: its config.json names no architecture that transformers knows")
+    return kind
+
+
+def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor], trust_remote_code: bool) -> Any:
+    import transformers
+
+    config = load_config(checkpoint.folder, trust_remote_code)
+    kind = _class(checkpoint.folder, config, trust_remote_code)
     types = {matrix.dtype for matrix in checkpoint.matrices.values()}
     dtype: Any = types.pop() if len(types) == 1 else "auto"
     try:

@@ -102,8 +102,9 @@ def folder_bytes(folder: Path) -> int:
 
 _FRESH = """
 import sys, time
+from pathlib import Path
 import torch, transformers
-from wanda.checkpoint.source import load_model
+from wanda.checkpoint.source import load_config, load_model
 from wanda.runtime.loading import load
 from wanda.runtime.measure import touch
 torch.set_num_threads(int(sys.argv[3]))
@@ -112,14 +113,15 @@ def resident(kind):
         if line.startswith(kind):
             return int(line.split()[1]) * 1024
 transformers.utils.logging.disable_progress_bar()
-config = transformers.AutoConfig.from_pretrained(sys.argv[2])  # imports are not loading: they come before
-transformers.AutoModelForCausalLM, transformers.GenerationConfig, getattr(transformers, config.architectures[0])
+trust = sys.argv[5] == "True"
+config = load_config(Path(sys.argv[2]), trust)  # imports are not loading: they come before
+transformers.AutoModelForCausalLM, transformers.GenerationConfig, getattr(transformers, config.architectures[0], None)
 before = resident("VmRSS:")
 start = time.perf_counter()
 if sys.argv[1] == "packed":
-    model = load(sys.argv[2])
+    model = load(sys.argv[2], prefer=sys.argv[4], trust_remote_code=trust)
 else:
-    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="auto").eval()
+    model = load_model(Path(sys.argv[2]), "bfloat16", "cpu", trust)
 opened = time.perf_counter() - start
 if sys.argv[1] == "dense":  # a packed model's bytes were all read for its checksums
     touch(model)
@@ -140,9 +142,10 @@ class Fresh:
     resident: int
 
 
-def fresh(folder: Path, packed: bool) -> Fresh:
-    """Load a model in a new process; raises RunError when that fails. Linux only."""
-    command = [sys.executable, "-c", _FRESH, "packed" if packed else "dense", str(folder), str(torch.get_num_threads())]
+def fresh(folder: Path, packed: bool, prefer: str = "speed", trust_remote_code: bool = False) -> Fresh:
+    """Load a packed model, or a dense one in bfloat16, in a new process; RunError when that fails. Linux only."""
+    options = ["packed" if packed else "dense", folder, torch.get_num_threads(), prefer, trust_remote_code]
+    command = [sys.executable, "-c", _FRESH, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"{folder} could not be loaded in a process of its own: {done.stderr.strip()[-500:]}")

@@ -1,0 +1,66 @@
+"""Packed or dense, layer by layer: a small model of which is faster at decoding, from bench/layer_choice.py.
+
+A packed product reads fewer bytes but places every value where it belongs, which costs time for each weight. So packing
+gains where the bytes come from memory and the kernel is fast, and loses where a matrix lies in the cache or torch's own
+product computes faster than our kernel expands. The numbers are of one machine (docs/runtime.md), taken so that packing
+did not lose against torch as it is, nor against torch held to the instructions of the path. They are fixed, so that two
+runs give the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wanda.kernels.native import LEVELS, level
+from wanda.kernels.packed import PackedMatrix
+
+CACHE = 64 << 20  # bytes: matrices that take less of it together, dense, may lie in the last-level cache
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Where packing was measured to gain.
+
+    density: the highest share of survivors. nbytes: the most bytes of the dense matrix. cached: also where all matrices
+    together fit in the cache.
+    """
+
+    density: float
+    nbytes: float = float("inf")
+    cached: bool = False
+
+
+HALF, THIRTY = 0.51, 0.31  # 50% and 70% sparsity as measured; rows of odd width keep a little more
+GAINS: dict[tuple[str, torch.dtype], tuple[Gain, ...]] = {
+    ("avx512_bf16", torch.bfloat16): (Gain(1.0, cached=True),),
+    ("avx512_bf16", torch.float32): (Gain(HALF),),
+    ("avx512", torch.float32): (Gain(HALF),),
+    ("avx512", torch.bfloat16): (Gain(HALF, nbytes=2 << 20),),  # above that torch's bfloat16 product is another
+    ("avx2", torch.float32): (Gain(HALF, nbytes=4 << 20), Gain(THIRTY)),
+}  # not portable, and not float16, whose conversion costs more than the bytes saved
+
+
+def gains(path: str, dtype: torch.dtype, nbytes: int, density: float, together: int) -> bool:
+    """Whether a packed matrix is predicted to decode faster than torch's dense one on a kernel path (LEVELS).
+
+    nbytes: of the dense matrix; density: share of survivors; together: dense bytes of all matrices of the model.
+    """
+    return any(
+        density <= gain.density and nbytes <= gain.nbytes and (gain.cached or together >= CACHE)
+        for gain in GAINS.get((path, dtype), ())
+    )
+
+
+def without_gain(matrices: Mapping[str, PackedMatrix]) -> set[str]:
+    """Names of the matrices for which packing is not predicted to gain speed on this machine's kernel path."""
+    sizes = {key: matrix.out * matrix.width for key, matrix in matrices.items()}
+    nbytes = {key: size * matrices[key].dtype.itemsize for key, size in sizes.items()}
+    together = sum(nbytes.values())
+    return {
+        key
+        for key, matrix in matrices.items()
+        if not gains(LEVELS[level()], matrix.dtype, nbytes[key], matrix.survivors / sizes[key], together)
+    }

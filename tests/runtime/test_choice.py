@@ -1,0 +1,68 @@
+"""Which layers stay packed: the model is held against the committed measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wanda.kernels.native import LEVELS
+from wanda.kernels.packed import PackedMatrix
+from wanda.runtime import choice
+from wanda.runtime.choice import CACHE, gains, without_gain
+
+MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "layer_choice.json").read_text())
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+NOISE = 0.9  # of the same time; no more than what rounds differ by
+
+
+def predicted(row: dict[str, object]) -> bool:
+    dtype = getattr(torch, str(row["dtype"]))
+    nbytes = math.prod(row["shape"]) * dtype.itemsize  # type: ignore[call-overload]
+    together = nbytes if row["where"] == "cached" else 2 * CACHE
+    return gains(str(row["path"]), dtype, nbytes, 1 - float(str(row["sparsity"])), together)
+
+
+def test_what_stays_packed_was_measured_to_gain() -> None:
+    chosen = [row for row in MEASURED if row["tokens"] == 1 and predicted(row)]
+    assert len(chosen) > 20 and {row["path"] for row in chosen} == {"avx2", "avx512", "avx512_bf16"}
+    assert not [row for row in chosen if row["ratio"][0] < NOISE]
+    assert sum(row["ratio"][0] for row in chosen) / len(chosen) > 1.5
+
+
+@given(
+    st.sampled_from(LEVELS),
+    st.sampled_from(DTYPES),
+    st.integers(1, 1 << 30),
+    st.floats(0, 1),
+    st.integers(1, 1 << 34),
+    st.floats(0, 1),
+)
+def test_more_zeros_and_a_larger_model_never_speak_against_packing(
+    path: str, dtype: torch.dtype, nbytes: int, density: float, together: int, less: float
+) -> None:
+    if gains(path, dtype, nbytes, density, together):
+        assert gains(path, dtype, nbytes, density * less, together)
+        assert gains(path, dtype, nbytes, density, together + CACHE)
+    assert not gains("portable", dtype, nbytes, density, together)
+    assert gains("avx512_bf16", torch.bfloat16, nbytes, density, together)
+
+
+@pytest.mark.parametrize("path", LEVELS)
+def test_the_rule_is_asked_of_each_matrix(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    def asked(where: str, dtype: torch.dtype, nbytes: int, density: float, together: int) -> bool:
+        assert (where, together) == (path, 8 * 100 * 2 + 4 * 64 * 4)
+        return (dtype, nbytes, density) == (torch.float32, 4 * 64 * 4, 0.25)
+
+    half, float32 = torch.zeros(8, 100), torch.zeros(4, 64)
+    half[:, ::2] = 1
+    float32[0] = 1
+    matrices = {"a": PackedMatrix.pack(half.bfloat16()), "b": PackedMatrix.pack(float32)}
+    monkeypatch.setattr(choice, "level", lambda: LEVELS.index(path))
+    monkeypatch.setattr(choice, "gains", asked)
+    assert without_gain(matrices) == {"a"}
