@@ -159,12 +159,29 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
         if suite is not None:
             result.scores = suite.run(model, tokenizer, options.limit, options.batch or 8, partial(_report, name))
             result.mean = mean_of_paper(result.scores)
-            asked = {"fewshot": options.fewshot, "limit": options.limit}
-            result.keep("tasks", {score.task: vars(score) | asked for score in result.scores})
+            result.keep("tasks", _entries(result, options.limit))
         results.append(result)
         del model
         gc.collect()  # modules hold cycles, and the next model needs the room now
     return results
+
+
+def _entries(result: Result, limit: int | None) -> dict[str, dict[str, Any]]:
+    """What is kept of tasks; by names that tell other numbers of examples and records apart."""
+    from wanda.evaluation.tasks import PAPER
+
+    of_records = "" if limit is None else f", limit {limit}"
+
+    def name(task: str, fewshot: int | None) -> str:
+        return f"{task}, {'mixed' if fewshot is None else fewshot}-shot{of_records}"
+
+    kept = {name(score.task, score.fewshot): vars(score) | {"limit": limit} for score in result.scores}
+    if result.mean is not None:
+        numbers = {score.fewshot for score in result.scores if score.task in PAPER}
+        fewshot = numbers.pop() if len(numbers) == 1 else None
+        values = {"metric": "acc", "value": result.mean, "fewshot": fewshot, "limit": limit}
+        kept[name("mean of the paper's seven", fewshot)] = values
+    return kept
 
 
 def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
