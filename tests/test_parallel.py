@@ -39,8 +39,8 @@ RUNS = {  # name: model, options, and what is run before
     "sparsegpt-experts": ("mixtral", f"{ROUTED} --method sparsegpt"),
     "sparsegpt-groups": (
         "mixtral",
-        f"{ROUTED} --method sparsegpt --propagate block",
-        "import wanda.plan; wanda.plan.available_memory = lambda device: 80000",  # one Gram matrix at once
+        f"{ROUTED} --method sparsegpt --propagate block",  # 20 kB: one Gram matrix at once
+        "import wanda.plan as p; p.available_memory = lambda device: 20000 << 20; p.EXPERTS_SHARE = 1 << 20",
     ),
     "inherit": ("llama", f"{LLAMA} --method wanda --update pcg --inherit 0.5"),
 }

@@ -24,15 +24,17 @@ class Activations:
         self._file = tempfile.TemporaryFile(dir=folder) if folder is not None else None  # noqa: SIM115
         self._folder = folder
         self._kept: list[Tensor] = []
-        self._like = [(t.shape, t.dtype) for t in tensors]
+        self._like: list[tuple[torch.Size, torch.dtype]] = []
         self._slots: list[tuple[int, int]] = []  # in the file: first byte, bytes
         for tensor in tensors:
-            self._slots.append((sum(self._slots[-1]) if self._slots else 0, tensor.nbytes))
-        if self._file is None:
-            self._kept = [t.cpu() for t in tensors]
-        else:
-            for index, tensor in enumerate(tensors):
-                self[index] = tensor
+            self.append(tensor)
+
+    def append(self, tensor: Tensor) -> None:
+        """One more micro-batch's, which goes to the file at once where there is one."""
+        self._like.append((tensor.shape, tensor.dtype))
+        self._slots.append((max(map(sum, self._slots), default=0), tensor.nbytes))
+        self._kept.append(tensor if self._file is None else torch.empty(0))
+        self[len(self) - 1] = tensor
 
     def __len__(self) -> int:
         return len(self._like)

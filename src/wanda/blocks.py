@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from wanda.activations import Activations
 from wanda.chain import Chain, find_chain, first_tensor, hidden_argument, watch
 from wanda.errors import ConfigurationError, RunError
 
@@ -145,14 +146,15 @@ class _StandIn(nn.Module):
 class Recording:
     """What the blocks are called with: calls[micro-batch][block]; and the hidden states that enter the first."""
 
-    hidden: list[Tensor]
+    hidden: Activations
     calls: list[list[Call]] = field(default_factory=list)
 
 
-def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recording:
+def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor], hidden: Activations | None = None) -> Recording:
     """Run the model (a decoder without its head) with stand-ins for the blocks.
 
-    batches: token ids [batch, seqlen] each, or images [batch, channels, height, width]. Raises RunError, by name, for
+    batches: token ids [batch, seqlen] each, or images [batch, channels, height, width]. hidden: where the states that
+    enter the first block are appended as they come; in memory when nothing is said. Raises RunError, by name, for
     models that hand more than hidden states from block to block.
     """
     if blocks.chain is None:
@@ -165,7 +167,7 @@ def record(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> Recor
     else:
         _refuse_side_channels(model, *(_noted_images(model, blocks, batches[0][:1], fill) for fill in (0.0, 1.0)))
         noted = (_noted_images(model, blocks, batch) for batch in batches)
-    recording = Recording([])
+    recording = Recording(Activations([]) if hidden is None else hidden)
     first: list[Call] = []
     for each in noted:
         calls = [call for call, _ in each]

@@ -60,7 +60,9 @@ def available_memory(device: torch.device) -> int | None:
     group = Path("/sys/fs/cgroup")  # a container's own limit
     try:
         limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
-        found += [int(limit) - int(used)] if limit != "max" else []
+        statistics = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = sum(int(line.split()[1]) for line in statistics if line.startswith(("active_file ", "inactive_file ")))
+        found += [int(limit) - int(used) + cached] if limit != "max" else []  # files that were read can be dropped
     except OSError:
         pass
     return min(found, default=None)

@@ -77,6 +77,11 @@ class Ranks:
         return f"rank {self.rank} of {self.world}"
 
     @property
+    def neighbours(self) -> int:
+        """Processes of the run on this machine, as torchrun tells; 1 where nothing does."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world > 1 else 1
+
+    @property
     def leads(self) -> bool:
         """Whether this rank reads the journal, writes and shows progress."""
         return self.rank == 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wanda.activations import Activations
 from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
-from wanda.checkpoint.tensors import Entry
+from wanda.checkpoint.tensors import Entry, bytes_of
 from wanda.checkpoint.writer import Writer, partial_folder
 from wanda.composition import Composition, finite
 from wanda.device import available_memory
@@ -29,11 +29,12 @@ from wanda.memory import FreedMemory, peak_memory
 from wanda.methods import METHODS
 from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
-from wanda.plan import EXPERTS_SHARE, Plan, choose, make_plan, needs_of, pattern_of
+from wanda.plan import EXPERTS_SHARE, Choices, Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
 from wanda.report import Report
 from wanda.report.card import model_card
 from wanda.report.progress import Progress
+from wanda.report.tables import print_start
 from wanda.statistics import Needs, Statistics
 from wanda.walk import Job, Walk
 from wanda.weights import Matrix
@@ -69,21 +70,25 @@ def prune(
     """
     ranks = ranks or Ranks()
     recipe = make_recipe(options, recipe)
-    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world))
+    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world, ranks.neighbours))
     ranks.connect(plan.skeleton.device)
     _same_plan(plan, ranks)
     if dry_run:
         return plan
+    if progress and ranks.leads and (plan.asked.memory is not None or plan.choices != plan.wanted):
+        print_start(plan)
     start = time.perf_counter()
     tokens, notes = plan.calibration_tokens() if ranks.leads else (None, [])
     tokens = ranks.tokens(tokens)
     identity = {
-        "recipe": plan.recipe.as_dict(),
+        "recipe": plan.asked.as_dict(),
         "input": plan.checkpoint.fingerprint(),
-        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "calibration": None if tokens is None else hashlib.sha256(bytes_of(tokens.contiguous())).hexdigest(),
     }
     writer = Writer(plan.out, plan.checkpoint, identity, resume) if ranks.leads else None
     try:
+        if writer is not None and "choices" not in writer.facts:
+            writer.note(choices=dataclasses.asdict(plan.choices))
         loop = BlockLoop(
             plan.skeleton,
             plan.recipe,
@@ -117,21 +122,18 @@ def prune(
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
-    """Take the first rank's choices under --memory; refuse a rank with another input, device or type."""
+    """Take the first rank's choices; refuse a rank with another input, device or type."""
     tensors = sorted((key, str(entry.dtype), list(entry.shape)) for key, entry in plan.checkpoint.entries.items())
     same = {
         "the same input": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         "the same --dtype": str(plan.skeleton.dtype),
         "the same kind of --device": plan.skeleton.device.type,
     }
-    folder = None if plan.activation_folder is None else str(plan.activation_folder)
-    choices = [plan.recipe.propagate, plan.batch, plan.experts_memory, folder]
-    first, (propagate, batch, plan.experts_memory, folder) = ranks.first([same, choices])
+    first, choices, plan.experts_memory = ranks.first([same, dataclasses.asdict(plan.choices), plan.experts_memory])
     different = [f"{what} (here {same[what]}, there {first[what]})" for what in same if same[what] != first[what]]
     if different:
         raise ConfigurationError(f"{ranks} differs from the first: give all ranks {' and '.join(different)}")
-    plan.recipe = dataclasses.replace(plan.recipe, propagate=propagate)
-    plan.batch, plan.activation_folder = batch, None if folder is None else Path(folder)
+    plan.take(Choices(**choices))
 
 
 def prune_model(
@@ -348,9 +350,10 @@ class BlockLoop:
     def run(self, progress: Progress, writer: Writer | None = None) -> None:
         """Prune all blocks; blocks the first rank's writer has already are replayed, the others handed to it."""
         with contextlib.ExitStack() as stack:
-            calls, hidden = self._record()
+            hidden = None if self.tokens is None else Activations([], self.activation_folder)
             if hidden is not None:
                 stack.callback(hidden.close)
+            calls = self._record(hidden)
             self.pruner.patterns = self._patterns(self._sparsities(progress, calls, hidden, writer))
             dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
             if dense is not None:
@@ -382,18 +385,15 @@ class BlockLoop:
             calls[index] = []
             progress.block(index, self._rows(index))
 
-    def _record(self) -> tuple[list[list[Call]], Activations | None]:
-        """The arguments of every block (per block, per micro-batch) and the hidden states that enter the first."""
-        if self.tokens is None:
-            return [[] for _ in self.matrices], None
-        if not len(self.tokens):  # more ranks than micro-batches
-            return [[] for _ in self.matrices], Activations([], self.activation_folder)
+    def _record(self, hidden: Activations | None) -> list[list[Call]]:
+        """The arguments of every block (per block, per micro-batch); `hidden` gets what enters the first."""
+        if self.tokens is None or hidden is None or not len(self.tokens):  # fewer micro-batches than ranks
+            return [[] for _ in self.matrices]
         self.parts.load_outside()
         batches = [part.to(self.parts.device) for part in self.tokens.split(self.batch)]
-        recording = record(self.parts.model, self.parts.blocks, batches)
+        recording = record(self.parts.model, self.parts.blocks, batches, hidden)
         self.parts.drop_outside()
-        by_block = [list(calls) for calls in zip(*recording.calls, strict=True)]
-        return by_block, Activations(recording.hidden, self.activation_folder)
+        return [list(calls) for calls in zip(*recording.calls, strict=True)]
 
     def _sparsities(
         self, progress: Progress, calls: list[list[Call]], hidden: Activations | None, writer: Writer | None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from wanda.allocation import ALLOCATIONS
 from wanda.chain import channels_of, watch
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
 from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, stored_dtype
-from wanda.checkpoint.writer import output_faults, partial_folder
+from wanda.checkpoint.writer import journaled, output_faults
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
@@ -26,7 +30,8 @@ from wanda.images import PREFIX, calibration_images, is_images, load_processor, 
 from wanda.memory import resident_memory
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
-from wanda.statistics import Needs
+from wanda.report.tables import size
+from wanda.statistics import Needs, Statistics
 from wanda.walk import expert_memory, groups_of
 from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 
@@ -40,22 +45,45 @@ _UNTOLD = 400 << 20  # bytes of this process, where the system does not tell
 _SLACK = 200 << 20  # bytes: allocator, thread pools, libraries that are loaded on the way
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What is decided for the sake of memory; a resumed run takes over the begun one's, every rank the first's.
+
+    propagate: how a block is passed. batch: sequences a micro-batch. in_file: activations lie in a file. The result
+    depends on the first two.
+    """
+
+    propagate: Literal["none", "block", "layer"] | None
+    batch: int
+    in_file: bool
+
+    def beside(self, wanted: Choices) -> str:
+        """In words, what is not as it was wanted; empty when all is."""
+        said = ["activations go to a file"] if self.in_file != wanted.in_file else []
+        said += [f"two passes a block (--propagate {self.propagate})"] if self.propagate != wanted.propagate else []
+        said += [f"micro-batches of {self.batch} (--batch {self.batch})"] if self.batch != wanted.batch else []
+        return "; ".join(said)
+
+
 @dataclass
 class Plan:
     """A run that can start: all faults are out.
 
-    recipe: resolved. matrices: to be pruned, a list a block. dense: parameters left dense, name to reason.
+    asked: the resolved recipe. recipe: the same with what was chosen for the sake of memory.
+    matrices: to be pruned, a list a block. dense: parameters left dense, name to reason.
     batch: sequences a micro-batch. world: processes that share the run.
     activation_folder: where activations go when memory is short, else None.
     experts_memory: bytes that the Gram matrices of a block's experts, with their factors, may take at once.
     image: channels, height, width of an image of calibration, where those are images; seqlen is then the most places
         (patches, pixels of a map) that an image has between blocks.
-    memory: estimated peak bytes. notes: decisions the user should see.
+    memory: estimated peak bytes of the process; device_memory: those on an accelerator.
+    notes: decisions the user should see.
     """
 
     model: str
     checkpoint: Checkpoint
     skeleton: Skeleton
+    asked: Recipe
     recipe: Recipe
     out: Path
     matrices: list[list[Matrix]]
@@ -66,9 +94,27 @@ class Plan:
     activation_folder: Path | None = None
     experts_memory: int | None = None
     memory: int = 0
+    device_memory: int = 0
     notes: list[str] = field(default_factory=list)
     world: int = 1
     image: tuple[int, ...] | None = None
+
+    @property
+    def wanted(self) -> Choices:
+        """The choices where memory is ample."""
+        return Choices(self.asked.propagate, self.asked.batch or max(1, _TOKENS // self.seqlen), False)
+
+    @property
+    def choices(self) -> Choices:
+        """The choices that were made."""
+        return Choices(self.recipe.propagate, self.batch, self.activation_folder is not None)
+
+    def take(self, choices: Choices) -> None:
+        """Make these choices; the recipe tells what differs from what was asked for, so that it repeats the run."""
+        batch = self.asked.batch if choices.batch == self.wanted.batch else choices.batch
+        self.recipe = dataclasses.replace(self.asked, propagate=choices.propagate, batch=batch)
+        self.batch = choices.batch
+        self.activation_folder = _existing(self.out) if choices.in_file else None
 
     @property
     def share(self) -> int:
@@ -201,11 +247,18 @@ def pattern_of(recipe: Recipe, sparsity: Fraction) -> Pattern:
 
 
 def make_plan(
-    model: str | Path, out: Path, recipe: Recipe, overwrite: bool = False, resume: bool = False, world: int = 1
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: bool = False,
+    world: int = 1,
+    neighbours: int = 1,
 ) -> Plan:
     """Check everything and lay the run out; loads no weights, writes nothing.
 
-    world: number of processes that share the run, each with its part of the samples.
+    world: number of processes that share the run, each with its part of the samples; neighbours: those of this machine,
+    each with its part of the memory.
     Raises ConfigurationError with all faults that were found.
     """
     faults = recipe.faults()
@@ -247,6 +300,7 @@ def make_plan(
         checkpoint,
         skeleton,
         recipe,
+        recipe,
         out,
         matrices,
         dense,
@@ -257,14 +311,13 @@ def make_plan(
         world=world,
         image=image,
     )
-    _fit(plan)
+    begun = journaled(out).get("choices") if resume else None
+    _fit(plan, neighbours, None if begun is None else Choices(**begun))
     return plan
 
 
 def needs_of(recipe: Recipe) -> Needs:
     """What calibration has to accumulate for a resolved recipe, its allocation included."""
-    from wanda.allocation import ALLOCATIONS
-
     assert recipe.update is not None and recipe.allocation is not None
     return max(Composition(recipe.score, recipe.update).needs, ALLOCATIONS.get(recipe.allocation).needs)
 
@@ -394,75 +447,122 @@ def _kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _fit(plan: Plan) -> None:
-    """Estimate the peak memory; under --memory choose what stays below it, or raise ConfigurationError with the least.
+@dataclass(frozen=True)
+class _Limit:
+    """Most bytes that the process may hold, or the device where `on_device`; `text` says whence."""
+
+    bytes: int
+    text: str
+    on_device: bool = False
+
+    def spare(self, plan: Plan) -> int:
+        """Bytes that the plan leaves; negative when it does not fit."""
+        return self.bytes - (plan.device_memory if self.on_device else plan.memory)
+
+
+def _limits(plan: Plan, neighbours: int) -> list[_Limit]:
+    """--memory, or what this machine has available, and what an accelerator has; those that the system tells."""
+    limits, device = [], plan.skeleton.device
+    if plan.asked.memory is not None:
+        limits.append(_Limit(parse_bytes(plan.asked.memory), f"--memory {plan.asked.memory}"))
+    elif (available := available_memory(torch.device("cpu"))) is not None:
+        most = (resident_memory() or _UNTOLD) + available // neighbours
+        limits.append(_Limit(most, f"the available memory ({size(most)}{' a process' if neighbours > 1 else ''})"))
+    if device.type != "cpu" and (available := available_memory(device)) is not None:
+        limits.append(_Limit(available, f"the free memory of {device} ({size(available)})", on_device=True))
+    return limits
+
+
+def _ways(plan: Plan, room: int) -> list[Choices]:
+    """Choices in the order in which they are tried, the plan's own first; room: bytes that a file may take."""
+    wanted, found = plan.wanted, [plan.wanted]
+    for one, two, in_file in itertools.product((False, True), repeat=3):
+        propagate = "block" if two and wanted.propagate == "layer" else wanted.propagate
+        choices = Choices(propagate, 1 if one else wanted.batch, in_file)
+        if choices not in found and plan.calibrated and (not in_file or _between(plan, propagate) <= room):
+            found.append(choices)
+    return found
+
+
+def _fit(plan: Plan, neighbours: int, begun: Choices | None) -> None:
+    """Choose what fits into memory, or raise ConfigurationError with the least that is needed.
 
     Tried in this order: as asked; activations in a file; two passes, so that only one micro-batch's intermediate
-    activations are alive, one sequence at a time. The Gram matrices of a block's experts get what is left, and a
-    quarter of the available memory at most.
+    activations are alive, without a file and with one; one sequence at a time. The Gram matrices of a block's experts
+    get what is left, and a quarter of the available memory at most.
+    begun: the choices of the run that is resumed, which stand.
     """
-    recipe = plan.recipe
-    needs = needs_of(recipe)
+    needs = needs_of(plan.asked)
     experts = [matrix for index in range(len(plan.matrices)) for matrix in plan.experts(index)]
-    largest = max(experts, key=lambda matrix: expert_memory(matrix, needs), default=None)
-    least = 0 if largest is None else expert_memory(largest, needs)
+    smallest = max((expert_memory(matrix, needs) for matrix in experts), default=0)
     available = available_memory(plan.skeleton.device)
-    if available is not None:
-        plan.experts_memory = available // EXPERTS_SHARE
-        if largest is not None and least > available:
-            raise ConfigurationError(_too_large(largest, needs, f"only {available / 1e9:.2f}GB are available"))
-    plan.memory = _estimate(plan)
-    if recipe.memory is None:
-        plan.notes += _experts_notes(plan, needs)
-        return
-    most = plan.experts_memory
-    cap = parse_bytes(recipe.memory)
-    folder = partial_folder(plan.out).parent
-    while not folder.exists():
-        folder = folder.parent
-    steps: list[tuple[dict[str, Any], str]] = [
-        ({}, ""),
-        ({"activation_folder": folder}, "activations go to a file"),
-        (
-            {"recipe": dataclasses.replace(recipe, propagate="block")} if recipe.propagate == "layer" else {},
-            "two passes a block (--propagate block)",
-        ),
-        ({"batch": 1}, "one sequence a micro-batch"),
-    ]
-    notes = []
-    for changes, note in steps:
-        if not plan.calibrated and note:
-            continue
-        if all(getattr(plan, name) == value for name, value in changes.items()) and note:
-            continue
-        for name, value in changes.items():
-            setattr(plan, name, value)
-        plan.experts_memory = least
-        plan.memory = _estimate(plan)
-        notes += [note] if note else []
-        if plan.memory <= cap:
-            rest = least + cap - plan.memory
-            plan.experts_memory = rest if most is None else max(least, min(rest, most))
-            plan.memory = _estimate(plan)
-            if notes:
-                plan.notes.append(f"to stay below {recipe.memory}: {'; '.join(notes)}")
+    most = None if available is None else available // EXPERTS_SHARE
+    limits = _limits(plan, neighbours)
+    room = shutil.disk_usage(_existing(plan.out)).free - plan.checkpoint.nbytes
+    why, tried = "", []
+    for choices in _ways(plan, room) if begun is None else [begun]:
+        plan.take(choices)
+        plan.experts_memory = smallest
+        plan.memory, plan.device_memory = _estimate(plan, needs)
+        short = min(limits, key=lambda limit: limit.spare(plan), default=None)
+        if short is None or short.spare(plan) >= 0 or begun is not None:
+            bounds = [most] if most is not None else []
+            bounds += [smallest + short.spare(plan)] if short is not None else []
+            plan.experts_memory = max(smallest, min(bounds)) if bounds else None
+            plan.memory, plan.device_memory = _estimate(plan, needs)
+            if said := choices.beside(plan.wanted):
+                other = "" if plan.asked.memory else "; --memory sets another limit"
+                plan.notes.append(f"as the run began: {said}" if begun else f"to stay below {why}: {said}{other}")
             plan.notes += _experts_notes(plan, needs)
             return
-    if largest is not None and 0 < cap - (plan.memory - least) < least:
-        why = f"--memory {recipe.memory} leaves too little for it: the least is {plan.memory / 1e9:.2f}GB"
-        raise ConfigurationError(_too_large(largest, needs, why))
-    raise ConfigurationError(
-        f"--memory {recipe.memory} is too little for this model and calibration: the least is "
-        f"{plan.memory / 1e9:.2f}GB; fewer or shorter samples need less"
-    )
+        why = why or short.text
+        tried.append((short.bytes - short.spare(plan), choices, short))
+    _, choices, short = min(tried, key=lambda one: one[0])
+    plan.take(choices)
+    raise ConfigurationError(_too_little(plan, short, needs, room))
 
 
-def _too_large(matrix: Matrix, needs: Needs, why: str) -> str:
-    return (
-        f"the Gram matrix of {matrix.name} ({matrix.width} inputs) and the factor made of it take "
-        f"{expert_memory(matrix, needs) / 1e9:.2f}GB, and {why}; take a method that needs none (wanda), or leave such "
-        f"experts dense with --exclude {_kind(matrix.name)!r}"
-    )
+def _too_little(plan: Plan, limit: _Limit, needs: Needs, room: int) -> str:
+    """The refusal of a plan that holds the least: what is short, what takes it, what to choose instead."""
+    least, without = (_estimate(plan, each)[limit.on_device] for each in (needs, min(needs, Needs.NORMS)))
+    text = f"{limit.text} is too little for this model{' and calibration' if plan.calibrated else ''}: the least is "
+    text += _gigabytes(least)
+    cures = ["give a larger --memory" if plan.asked.memory else "set another limit with --memory (this is an estimate)"]
+    cures = [] if limit.on_device else cures
+    if needs >= Needs.GRAM:
+        taken, largest = max(
+            ((_gram_memory(plan, m), m) for block in plan.matrices for m in block), key=lambda pair: pair[0]
+        )
+        text += f". The Gram matrix of {largest.name} ({largest.width} inputs) and the factor made of it"
+        text += f" take {size(taken)} of that, however few the samples"
+        cures.append(f"take a method that needs none (--method wanda: the least is {_gigabytes(without)})")
+        cures.append(f"leave such layers dense with --exclude {_kind(largest.name)!r}")
+    if plan.calibrated and plan.activation_folder is None and _between(plan, plan.recipe.propagate) > room:
+        text += f". The file of activations would take {size(_between(plan, plan.recipe.propagate))}, and "
+        text += f"{_existing(plan.out)} has {size(max(0, room))} beside the result"
+        cures.append("take fewer samples")
+    if plan.calibrated:
+        cures.append("take fewer images" if plan.image is not None else "take shorter samples (--seqlen)")
+    return f"{text}: {', or '.join(cures)}" if cures else text
+
+
+def _gram_memory(plan: Plan, matrix: Matrix) -> int:
+    """Bytes of a matrix's Gram matrix, of the one beside it for inherited errors, and of the factor made of it."""
+    needs, inherit = needs_of(plan.asked), bool(plan.asked.inherit) and matrix.expert is None
+    return Statistics.memory(matrix.width, needs, inherit) + Statistics.memory(matrix.width, needs)
+
+
+def _gigabytes(count: int) -> str:
+    """Bytes as --memory takes them, rounded up: that much is enough."""
+    return f"{math.ceil(count / 1e7) / 100:.2f}GB"
+
+
+def _existing(out: Path) -> Path:
+    """The folder in which `out` is made, or the nearest one above it that exists: where files of activations go."""
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _experts_notes(plan: Plan, needs: Needs) -> list[str]:
@@ -479,25 +579,31 @@ def _experts_notes(plan: Plan, needs: Needs) -> list[str]:
     return [f"Gram matrices of experts: {sizes}: experts in groups, up to {passes} dense passes a block"]
 
 
-def _estimate(plan: Plan) -> int:
-    """Peak resident bytes: what this process holds already, the largest block, its working set, the activations."""
+def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
+    """Peak bytes of this process, and on an accelerator; needs: what is accumulated.
+
+    What the process holds already, the largest block, its working set, the activations.
+    """
     recipe, skeleton = plan.recipe, plan.skeleton
     entries = plan.checkpoint.entries
-    outside = sum(entry.nbytes for entry in entries.values())
-    largest, working = 0, 0
-    itemsize = skeleton.dtype.itemsize
-    chain = skeleton.blocks.chain
-    hidden_size = chain.width if chain else int(skeleton.model.config.get_text_config().hidden_size)
-    tokens = plan.share
-    at_once = tokens if recipe.propagate == "layer" else plan.batch * plan.seqlen
+    itemsize, apart = skeleton.dtype.itemsize, skeleton.device.type != "cpu"
+    hidden_size = _hidden_size(plan)
+    at_once = plan.share if recipe.propagate == "layer" else plan.batch * plan.seqlen
+
+    def sizes(keys: Collection[str]) -> tuple[int, int]:
+        """Bytes of tensors as stored, and of the copies that are computed with."""
+        stored = sum(entries[key].nbytes for key in keys)
+        if not apart and all(entries[key].dtype == skeleton.dtype for key in keys):
+            return stored, 0
+        return stored, sum(entries[key].nbytes // entries[key].dtype.itemsize for key in keys) * itemsize
+
+    outside, stored, computed, working = set(entries), 0, 0, 0
     for index in range(len(skeleton.blocks)):
         keys = skeleton.block_keys(index)
-        stored = sum(entries[key].nbytes for key in keys)
-        outside -= stored
-        copies = 1 if all(entries[key].dtype == skeleton.dtype for key in keys) else 2
+        outside.difference_update(keys)
+        stored, computed = map(max, (stored, computed), sizes(keys))
         most = max((m.numel for m in plan.matrices[index]), default=0)
         width = max((max(m.out, m.width) for m in plan.matrices[index]), default=0)
-        needs = needs_of(recipe)
         grams = 0
         if needs == Needs.GRAM:
             widths = {m.width for m in plan.matrices[index] if m.expert is None}
@@ -506,16 +612,30 @@ def _estimate(plan: Plan) -> int:
             grams = (kept + one * 4) * (2 if recipe.inherit else 1) + _experts_at_once(plan, index, needs)
         in_flight = at_once * itemsize * (2 * hidden_size + 3 * width) if plan.calibrated else 0
         in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
-        largest = max(largest, stored * copies)
         working = max(working, most * 14 + grams + in_flight)
-    streams = 2 if recipe.inherit or recipe.propagate == "none" else 1
-    between = tokens * hidden_size * itemsize * streams if plan.calibrated else 0
-    if plan.activation_folder is not None:
-        between = 0
-    if plan.image is not None:
-        between += recipe.samples * math.prod(plan.image) * 4
-    head = outside if plan.calibrated else 0
-    return (resident_memory() or _UNTOLD) + _SLACK + max(head, largest + working) + between
+    base = (resident_memory() or _UNTOLD) + _SLACK
+    if plan.calibrated:
+        base += recipe.samples * (math.prod(plan.image) * 4 if plan.image is not None else plan.seqlen * 8)
+        base += _between(plan, recipe.propagate) if plan.activation_folder is None else 0
+    head, head_computed = sizes(outside) if plan.calibrated else (0, 0)
+    if apart:
+        return base + max(head, stored), max(head_computed, computed + working)
+    return base + max(head + head_computed, stored + computed + working), 0
+
+
+def _hidden_size(plan: Plan) -> int:
+    """Width of the hidden states."""
+    chain = plan.skeleton.blocks.chain
+    return chain.width if chain else int(plan.skeleton.model.config.get_text_config().hidden_size)
+
+
+def _between(plan: Plan, propagate: str | None) -> int:
+    """Bytes of the hidden states between two blocks, of all streams: the allocation's and the dense model's too."""
+    assert plan.asked.allocation is not None
+    allocation = ALLOCATIONS.get(plan.asked.allocation)
+    measuring = allocation.measures and allocation.needs > Needs.NOTHING
+    streams = 2 if plan.asked.inherit or propagate == "none" or measuring else 1
+    return plan.share * _hidden_size(plan) * plan.skeleton.dtype.itemsize * streams
 
 
 def _experts_at_once(plan: Plan, block: int, needs: Needs) -> int:

@@ -74,7 +74,8 @@ class Recipe:
     device: str = "auto"
     """Where blocks are computed: auto, cpu, cuda, cuda:1, mps."""
     memory: str | None = None
-    """Most resident memory to use, such as 4GB: activations go to a file and micro-batches shrink to stay below."""
+    """Most resident memory to use, such as 4GB; what is available when nothing is said. To stay below, activations go
+    to a file, layer becomes block, micro-batches shrink."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model."""
 

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,14 @@ def output_faults(
 def partial_folder(out: Path) -> Path:
     """Where `out` is built before it is renamed."""
     return out.absolute().with_name(out.absolute().name + ".partial")
+
+
+def journaled(out: Path) -> dict[str, Any]:
+    """The facts that an unfinished run under `out` has journaled; empty where there is none."""
+    facts: dict[str, Any] = {}
+    for line, _ in _lines(partial_folder(out) / _JOURNAL):
+        facts.update(line.get("facts", {}))
+    return facts
 
 
 class Writer:
@@ -209,19 +217,7 @@ class Writer:
 
     def _read_journal(self, identity: Mapping[str, Any]) -> None:
         path = self.folder / _JOURNAL
-        if not path.exists():
-            return
-        lines: list[dict[str, Any]] = []
-        whole = 0
-        for raw in path.read_bytes().splitlines(keepends=True):
-            try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if line is None:  # cut short by a kill: this and what follows never happened
-                break
-            lines.append(line)
-            whole += len(raw)
+        lines = [line for line, _ in _lines(path)]
         if not lines:
             return
         then = lines[0].get("identity", {})
@@ -231,7 +227,7 @@ class Writer:
                 f"{self.folder} was begun with another {' and another '.join(different)}{_which(then, identity)}; "
                 "resume with the same, choose another --out, or start anew with --overwrite"
             )
-        os.truncate(path, whole)
+        os.truncate(path, sum(length for _, length in _lines(path)))
         for line in lines[1:]:
             self.facts.update(line.get("facts", {}))
             if "block" in line:
@@ -244,6 +240,22 @@ class Writer:
                 shutil.rmtree(file)
             elif file.name != _LOCK:
                 file.unlink()
+
+
+def _lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines of a journal and their bytes; what a kill has cut short, and what follows, never happened."""
+    try:
+        text = journal.read_bytes()
+    except FileNotFoundError:
+        return
+    for raw in text.splitlines(keepends=True):
+        try:
+            line = json.loads(raw) if raw.endswith(b"\n") else None
+        except ValueError:
+            line = None
+        if line is None:
+            return
+        yield line, len(raw)
 
 
 def _which(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

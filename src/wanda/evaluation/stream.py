@@ -49,7 +49,7 @@ class Streamed(nn.Module):
         skeleton = self.skeleton
         skeleton.load_outside(head=True)
         recording = record(self.inner, skeleton.blocks, parts)
-        hidden = Activations(recording.hidden)
+        hidden = recording.hidden
         with progress:
             for index, block in enumerate(skeleton.blocks.modules):
                 skeleton.load_block(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -58,6 +59,18 @@ def print_plan(plan: Plan) -> None:
     for (name, shape, text, sparsity), count in rows.items():
         table.add_row(name, str(count), shape, text, sparsity)
     console.print(table)
+    _print_totals(console, plan)
+    _print_notes(console, plan.notes, plan.dense)
+
+
+def print_start(plan: Plan) -> None:
+    """The plan in a few lines on standard error, before a run that memory has a say in."""
+    console = Console(file=sys.stderr)
+    _print_totals(console, plan)
+    _print_notes(console, plan.notes, {})
+
+
+def _print_totals(console: Console, plan: Plan) -> None:
     recipe = plan.recipe
     console.print(f"{plan.removed():,} of {plan.weights():,} weights go; {len(plan.dense)} other parameters stay dense")
     console.print(
@@ -69,10 +82,11 @@ def print_plan(plan: Plan) -> None:
             f"calibration {recipe.calibration}: {recipe.samples} x {each}, {plan.batch} at a time,"
             f" propagate {recipe.propagate}"
         )
+    device = f", {size(plan.device_memory)} on {plan.skeleton.device}" if plan.device_memory else ""
     console.print(
-        f"about {duration(plan.seconds())}, {size(plan.memory)} of memory, {size(plan.checkpoint.nbytes)} on disk"
+        f"about {duration(plan.seconds())}, {size(plan.memory)} of memory{device},"
+        f" {size(plan.checkpoint.nbytes)} on disk"
     )
-    _print_notes(console, plan.notes, plan.dense)
 
 
 def print_report(report: Report) -> None:
