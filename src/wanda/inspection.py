@@ -86,7 +86,7 @@ def inspect(folder: Path, patterns: list[NM] | None = None, trust_remote_code: b
                     matrix.name,
                     (matrix.out, matrix.width),
                     1 - int(survives.sum()) / matrix.numel,
-                    tuple(p.text for p in patterns or _COMMON if obeys(survives, p)),
+                    tuple(p.text for p in patterns or _COMMON if p.obeyed(survives)),
                     int((~survives.any(dim=1)).sum()),
                     int((~survives.any(dim=0)).sum()),
                 )
@@ -98,10 +98,3 @@ def inspect(folder: Path, patterns: list[NM] | None = None, trust_remote_code: b
     sizes = {entry.file: entry.file.stat().st_size for entry in checkpoint.entries.values()}
     weights = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
     return Inspection(str(folder), tuple(found), sum(sizes.values()), weights, zeros)
-
-
-def obeys(survives: torch.Tensor, pattern: NM) -> bool:
-    """Whether every group of M consecutive inputs of survives [out, in] keeps at most N."""
-    if survives.shape[1] % pattern.m:
-        return False
-    return bool((survives.reshape(-1, pattern.m).sum(dim=1) <= pattern.n).all())

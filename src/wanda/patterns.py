@@ -150,6 +150,12 @@ class NM:
         """How many weights of an [out, width] matrix go."""
         return out * (width // self.m) * (self.m - self.n)
 
+    def obeyed(self, survives: Tensor) -> bool:
+        """Whether every group of M consecutive inputs keeps at most N; survives: [out, in], not zero what is kept."""
+        if survives.shape[1] % self.m:
+            return False
+        return bool((torch.count_nonzero(survives.reshape(-1, self.m), dim=1) <= self.n).all())
+
     @staticmethod
     def parse(text: str) -> NM:
         """ "2:4" -> NM(2, 4); raises ConfigurationError when it is no N:M with 1 <= N <= M."""

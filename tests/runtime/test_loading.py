@@ -26,11 +26,12 @@ from wanda.checkpoint.packed import MANIFEST, manifest_checksum, pack
 from wanda.checkpoint.tensors import read_header
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import models as evaluated
+from wanda.patterns import NM
 from wanda.runtime import loading, semi_structured
 from wanda.runtime.layers import FastLinear, PackedLinear
 from wanda.runtime.loading import weights_of
 from wanda.runtime.measure import decode_seconds, fresh, prefill_seconds, read_bandwidth
-from wanda.runtime.semi_structured import is_two_of_four, sparse_layers
+from wanda.runtime.semi_structured import sparse_layers
 
 kernels_missing = pytest.mark.skipif(loading.native() is None, reason="the C kernels are not compiled here")
 
@@ -304,7 +305,7 @@ def test_the_pattern_of_sparse_tensor_cores() -> None:
     good = weight.reshape(-1, 4).clone()
     good[:, :2] = 0
     good = good.reshape(64, 64)
-    assert is_two_of_four(good) and not is_two_of_four(weight) and not is_two_of_four(good[:, :62])
+    assert NM(2, 4).obeyed(good) and not NM(2, 4).obeyed(weight) and not NM(2, 4).obeyed(good[:, :62])
 
     def model(*weights: Tensor) -> nn.Module:
         layers = [nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights]

@@ -181,7 +181,6 @@ def _mismatch(weight: Tensor, row: Mapping[str, Any]) -> str | None:
     pattern = str(row.get("pattern", ""))
     if ":" in pattern:
         nm = NM.parse(pattern)
-        kept = torch.count_nonzero(weight.reshape(-1, nm.m), dim=1)
-        if int(kept.max()) > nm.n:
-            return f"{name} has a group of {nm.m} with {int(kept.max())} survivors, recorded as {pattern}"
+        if not nm.obeyed(weight):
+            return f"{name} has a group of {nm.m} with more than {nm.n} survivors, recorded as {pattern}"
     return None

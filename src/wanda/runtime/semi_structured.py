@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanda.errors import ConfigurationError
+from wanda.patterns import NM
 
 _SPARSE = 0.3  # share of zeros above which a layer was meant to be sparse
 
@@ -26,12 +27,6 @@ def require_cuda() -> None:
         )
 
 
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether at most 2 of every 4 consecutive inputs of each row of weight [out, in] are not zero."""
-    out, width = weight.shape
-    return width % 4 == 0 and bool((weight.reshape(out, width // 4, 4) != 0).sum(dim=-1).le(2).all())
-
-
 def sparse_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers to convert: those that are sparse, all of which must be 2:4.
 
@@ -45,7 +40,7 @@ def sparse_layers(model: nn.Module) -> list[str]:
         weight = module.weight
         if float((weight == 0).float().mean()) < _SPARSE:
             continue
-        if not is_two_of_four(weight):
+        if not NM(2, 4).obeyed(weight):
             wrong.append(name)
         elif weight.dtype not in (torch.float16, torch.bfloat16) or weight.shape[0] % 32 or weight.shape[1] % 64:
             raise ConfigurationError(
