@@ -206,6 +206,31 @@ def test_an_error_on_one_rank_is_told_on_all(server: Server, inputs: Path, tmp_p
     assert "rank 1 of 2 was told to stop (SIGTERM)" in texts[1] and "lost another rank" in texts[0]
 
 
+def test_a_finished_block_that_cannot_be_read_ends_all_ranks(server: Server, inputs: Path, tmp_path: Path) -> None:
+    """Only the first rank reads it, the others wait for what is in it."""
+    model, options = RUNS["llama-block"]
+    fault = "from wanda.errors import RunError; raise RunError('stopped')"
+    server.run(2, tmp_path / "a", job(inputs, tmp_path / "out", model, options, KILL.format(rank=1, what=fault)))
+    broken = """
+from wanda.checkpoint.skeleton import Skeleton
+from wanda.errors import RunError
+load = Skeleton.load_block
+def patched(self, index, entries=None):
+    if entries is not None and index == 1:
+        raise RunError("the finished block is odd")
+    return load(self, index, entries)
+Skeleton.load_block = patched
+"""
+    options += " --resume"
+    codes, texts = server.run(2, tmp_path / "b", job(inputs, tmp_path / "out", model, options, broken))
+    assert codes == [1, 1], texts
+    assert all("the finished block is odd" in text for text in texts)
+    codes, texts = server.run(2, tmp_path / "c", job(inputs, tmp_path / "out", model, options))
+    assert codes == [0, 0], texts
+    codes, texts = server.run(2, tmp_path / "d", job(inputs, tmp_path / "out", model, options))
+    assert codes == [0, 0] and "of this run already: nothing was done" in texts[0] and texts[1] == "", texts
+
+
 def test_ranks_that_were_not_given_the_same_are_refused(server: Server, inputs: Path, tmp_path: Path) -> None:
     other = "whole = main\nmain = lambda a: whole([*a, '--dtype', ('float32', 'bfloat16')[int(os.environ['RANK'])]])"
     text = job(inputs, tmp_path / "out", "llama", LLAMA, other).replace("'--dtype', 'float32', ", "")

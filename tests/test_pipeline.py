@@ -337,3 +337,22 @@ def test_excluded_layers_stay_dense_and_are_reported(text: str, tmp_path: Path) 
     assert len(report.layers) == 24 and len(report.left_dense) == 4
     weight = load(tmp_path / "out", torch.float32).model.layers[1].mlp.down_proj.weight
     assert torch.equal(weight, load(source, torch.float32).model.layers[1].mlp.down_proj.weight)
+
+
+def test_an_allocation_measures_through_blocks_that_stay_dense(
+    tiny: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wanda.allocation.owl import OWL
+
+    measure, values = OWL.measure, []
+
+    def noting(self: OWL, matrices: Any) -> float:
+        values.append(measure(self, matrices))
+        return values[-1]
+
+    monkeypatch.setattr(OWL, "measure", noting)
+    options = OPTIONS | {"method": "owl", "calibration": text}
+    prune(tiny, out=tmp_path / "all", **options)
+    every, values[:] = list(values), []
+    prune(tiny, out=tmp_path / "some", exclude="model.layers.1.*", **options)
+    assert values == every[:1] + every[2:]

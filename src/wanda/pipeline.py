@@ -20,7 +20,7 @@ from wanda.activations import Activations
 from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
 from wanda.checkpoint.tensors import Entry, bytes_of
-from wanda.checkpoint.writer import Writer, partial_folder
+from wanda.checkpoint.writer import Writer, finished, partial_folder
 from wanda.composition import Composition, finite
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError, RunError, near
@@ -61,7 +61,8 @@ def prune(
 
     model: a Hugging Face folder, a hub id or a .gguf file. out: the folder to write; whole or absent.
     recipe, or options: the fields of Recipe, which are the command line's flags.
-    overwrite: replace a non-empty `out`. resume: go on with a run that was killed, ending in the same bytes.
+    overwrite: replace a non-empty `out`. resume: go on with a run that was killed, ending in the same bytes; nothing is
+    done when `out` holds the result of this very run.
     dry_run: return the Plan, loading no weights. progress: show a bar, or log lines without a terminal.
     command: the command line to be told in the model card.
     ranks: the processes that share the run, each of which calls this; see wanda.parallel.
@@ -82,10 +83,17 @@ def prune(
     tokens = ranks.tokens(tokens)
     identity = {
         "recipe": plan.asked.as_dict(),
-        "input": plan.checkpoint.fingerprint(),
+        "input": plan.checkpoint.structure(),
         "calibration": None if tokens is None else hashlib.sha256(bytes_of(tokens.contiguous())).hexdigest(),
     }
-    writer = Writer(plan.out, plan.checkpoint, identity, resume) if ranks.leads else None
+    blocks = [plan.skeleton.block_keys(index) for index in range(len(plan.skeleton.blocks))]
+    if resume:
+        earlier = ranks.first(finished(plan.out, plan.checkpoint, blocks, identity, overwrite) if ranks.leads else None)
+        if earlier is not None:
+            report = Report.from_dict(earlier)
+            report.notes.insert(0, f"{plan.out} holds the result of this run already: nothing was done")
+            return report
+    writer = Writer(plan.out, plan.checkpoint, blocks, identity, resume, overwrite) if ranks.leads else None
     try:
         if writer is not None and "choices" not in writer.facts:
             writer.note(choices=dataclasses.asdict(plan.choices))
@@ -103,14 +111,17 @@ def prune(
             loop.run(bar, writer)
         report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
         if writer is not None:
+            report.identity = writer.write_rest()
             writer.finish(
                 {"wanda.json": report.json(), "README.md": model_card(report, METHODS.summary(plan.recipe.method))}
             )
         ranks.exchange(None)  # all end well, or none
     except KeyboardInterrupt:
+        if writer is not None and not writer.folder.exists():  # it is all done
+            raise
         raise KeyboardInterrupt(f"{partial_folder(plan.out)} keeps what is finished: go on with --resume") from None
     except RunError as error:
-        if writer is None:
+        if writer is None or not writer.folder.exists():
             raise
         writer.close()  # the last block may still be on its way to the disk
         kept = f"{len(writer.done)} finished blocks are kept in {writer.folder}: mend it, then go on with --resume"
@@ -349,6 +360,10 @@ class BlockLoop:
     @torch.no_grad()
     def run(self, progress: Progress, writer: Writer | None = None) -> None:
         """Prune all blocks; blocks the first rank's writer has already are replayed, the others handed to it."""
+        done = self.ranks.first([] if writer is None else list(writer.done))
+        if len(done) == len(self.matrices):  # stopped while the result was put together
+            self.pruner.rows += [row for rows in done for row in rows]
+            return
         with contextlib.ExitStack() as stack:
             hidden = None if self.tokens is None else Activations([], self.activation_folder)
             if hidden is not None:
@@ -358,17 +373,17 @@ class BlockLoop:
             dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
             if dense is not None:
                 stack.callback(dense.close)
-            self._blocks(progress, writer, calls, hidden, dense)
+            self._blocks(progress, writer, done, calls, hidden, dense)
 
     def _blocks(
         self,
         progress: Progress,
         writer: Writer | None,
+        done: list[list[dict[str, Any]]],
         calls: list[list[Call]],
         hidden: Activations | None,
         dense: Activations | None,
     ) -> None:
-        done = self.ranks.first([] if writer is None else list(writer.done))
         freed = FreedMemory()
         for index in range(len(self.matrices)):
             if index < len(done):
@@ -408,7 +423,9 @@ class BlockLoop:
         if allocation.measures:
             stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
             for index, measure in enumerate(measures):
-                value = self._measure(allocation, index, calls[index], stream) if measure.weights else 0.0
+                value = self._measure(allocation, index, calls[index], stream)
+                if writer is not None:
+                    writer.look_at(index)
                 measures[index] = BlockMeasure(value, measure.weights)
                 progress.measured(index)
             if stream is not None:
@@ -427,9 +444,11 @@ class BlockLoop:
         gathered: Mapping[str, Statistics] = {}
         if stream is not None:
             walk = self._walk(index, calls, stream, None, allocation.needs)
-            walk.gather()
+            if self.matrices[index]:
+                walk.gather()
             walk.forward()
             gathered = walk.statistics
+            self._check(stream, index)
         pairs = [
             (
                 matrix.view(stored[matrix.parameter]).to(self.parts.device),
@@ -437,7 +456,10 @@ class BlockLoop:
             )
             for matrix in self.matrices[index]
         ]
-        value = allocation.measure(pairs)
+        for (weight, _), matrix in zip(pairs, self.matrices[index], strict=True):
+            if not finite(weight):
+                raise RunError(f"{matrix.name} has weights that are not finite (NaN or Inf); mend the input")
+        value = allocation.measure(pairs) if pairs else 0.0
         self.parts.drop_block(index)
         return value
 
@@ -497,6 +519,10 @@ class BlockLoop:
             count = sum(tokens.get(row["name"], 0) for tokens in late)
             if count:
                 row["notes"].append(f"{count} tokens came after it was pruned and are not in its sums")
+        self._check(hidden, index)
+
+    def _check(self, hidden: Activations, index: int) -> None:
+        """Raise RunError when a block has put out something that is not finite."""
         for tensor in hidden:
             if not finite(tensor):
                 raise RunError(
@@ -540,6 +566,7 @@ class BlockLoop:
         for stream, place in ((hidden, entries), (dense, None)):
             if stream is not None:
                 self.parts.load_block(index, place)
+                self.ranks.exchange(None)  # all have the block, or all end here
                 if stream is hidden:
                     parameters = dict(self.parts.model.named_parameters())
                     for name in sorted({matrix.parameter for matrix in self.matrices[index]}):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from wanda.checkpoint.source import weight_files
 from wanda.checkpoint.tensors import Entry, read_header
@@ -40,12 +43,26 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def fingerprint(self) -> str:
-        """A digest of the config, all headers and each file's size and time, to tell another input from this one."""
+    def structure(self) -> str:
+        """A digest of the config and of every tensor's name, type and shape, wherever it lies; reads no weights."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         for key, entry in sorted(self.entries.items()):
-            digest.update(f"{key} {entry.dtype} {entry.shape} {entry.offset}\n".encode())
+            digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
         return digest.hexdigest()
+
+    def content(self, keys: Iterable[str]) -> str:
+        """XXH3 (128 bits) of the bytes of some tensors, by their names; about as fast as they can be read.
+
+        A file that was copied, mended or laid out anew counts as what it holds, not as when it was written.
+        Raises RunError for a file that cannot be read.
+        """
+        digest = xxhash.xxh3_128()
+        for key in sorted(keys):
+            digest.update(f"{key} ".encode())
+            for piece in self.entries[key].pieces():
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A digest of config and all tensors, to tell another input from this one; reads everything."""
+        return hashlib.sha256(f"{self.structure()} {self.content(self.entries)}".encode()).hexdigest()

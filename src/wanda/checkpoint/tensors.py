@@ -7,6 +7,7 @@ that no more than one block is in memory. The format is that of https://huggingf
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import xxhash
 from torch import Tensor
 
 from wanda.errors import RunError
@@ -39,6 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+_PIECE = 1 << 24  # bytes that are read, hashed and written at a time
 _MOST = 2**63  # what torch counts elements in
 
 
@@ -57,21 +60,39 @@ class Entry:
         """The tensor, in memory of its own; raises RunError when the file cannot be read to its end."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if self.nbytes:
-            view = bytes_of(tensor)
-            try:
-                descriptor = os.open(self.file, os.O_RDONLY)
-                try:
-                    done = 0
-                    while done < self.nbytes:
-                        got = os.preadv(descriptor, [view[done : done + (1 << 30)]], self.offset + done)
-                        if got == 0:
-                            raise RunError(f"{self.file} ends inside {self.key}; the file is cut short: copy it again")
-                        done += got
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise RunError(f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file") from error
+            view, done = bytes_of(tensor), 0
+            with self._opened() as descriptor:
+                while done < self.nbytes:
+                    got = os.preadv(descriptor, [view[done : done + (1 << 30)]], self.offset + done)
+                    done += self._whole(got)
         return tensor
+
+    def pieces(self) -> Iterator[bytes]:
+        """The tensor's bytes, a few at a time; raises RunError when the file cannot be read to its end."""
+        done = 0
+        with self._opened() as descriptor:
+            while done < self.nbytes:
+                piece = os.pread(descriptor, min(self.nbytes - done, _PIECE), self.offset + done)
+                done += self._whole(len(piece))
+                yield piece
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise RunError(
+                f"{self.file}: {self.key} cannot be read ({error.strerror}); mend the file or copy it again"
+            ) from error
+
+    def _whole(self, got: int) -> int:
+        if got == 0:
+            raise RunError(f"{self.file} ends inside {self.key}; the file is cut short: copy it again")
+        return got
 
     def read_ahead(self) -> None:
         """Have the system read the tensor from the disk into its page cache while this process goes on."""
@@ -107,7 +128,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             except (ValueError, RecursionError) as error:
                 raise corrupt("its header is no JSON") from error
     except (OSError, ValueError) as error:  # a name with a null byte, or half a surrogate pair, is a ValueError
-        raise RunError(f"{str(file)!r} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise RunError(f"{str(file)!r} cannot be read ({why}); mend the file or copy it again") from error
     if not isinstance(header, dict):
         raise corrupt("its header is no table")
     metadata = header.pop("__metadata__", {}) or {}
@@ -129,21 +151,22 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8) -> int:
-    """Write a safetensors file under a temporary name, flush it to the disk, rename it; returns its size in bytes.
+def write_file(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8) -> str:
+    """Write a safetensors file under a temporary name, flush it to the disk, rename it; returns `file_digest` of it.
 
     Tensors are laid out in the order of the mapping; an Entry is copied from its file in pieces, never whole in memory.
-    Raises RunError when the disk is full or cannot be written; nothing is left under `path` then.
+    Raises RunError when the disk is full or cannot be written, or an Entry's file cannot be read; nothing is left under
+    `path` then.
     """
     return stage_file(path, tensors, metadata, align)()
 
 
 def stage_file(
     path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str], align: int = 8
-) -> Callable[[], int]:
+) -> Callable[[], str]:
     """The first half of `write_file`: all is written under the temporary name, and the tensors are free to go.
 
-    Returns the second half, to be called once: flushes to the disk, renames, returns the size in bytes.
+    Returns the second half, to be called once: flushes to the disk, renames, returns the digest.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -167,33 +190,51 @@ def stage_file(
             with contextlib.suppress(OSError):
                 if stream is not None:
                     stream.close()
-            if not isinstance(error, OSError):
-                raise
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if not isinstance(error, OSError):
+                raise
             raise RunError(
                 f"{path} cannot be written: {error.strerror}; free some space or choose another --out"
             ) from error
 
     stream: BinaryIO | None = None
+    digest = xxhash.xxh3_128()
     with closing_on_error():
         stream = open(temporary, "wb")  # noqa: SIM115
-        stream.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            for piece in _pieces(tensor):
-                stream.write(piece)
+        for piece in itertools.chain([len(head).to_bytes(8, "little") + head], *map(_pieces, tensors.values())):
+            stream.write(piece)
+            digest.update(piece)
         stream.flush()
 
-    def commit() -> int:
+    def commit() -> str:
         assert stream is not None
         with closing_on_error():
             os.fsync(stream.fileno())
             stream.close()
             os.replace(temporary, path)
             sync_folder(path.parent)
-        return 8 + len(head) + offset
+        return digest.hexdigest()
 
     return commit
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, a few at a time; raises RunError when it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            while piece := stream.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); mend the file or copy it again") from error
+
+
+def file_digest(path: Path) -> str:
+    """XXH3 (128 bits) of a file's bytes; raises RunError when it cannot be read."""
+    digest = xxhash.xxh3_128()
+    for piece in file_pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -212,14 +253,6 @@ def sync_folder(folder: Path) -> None:
 
 def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview | bytes]:
     if isinstance(tensor, Entry):
-        with open(tensor.file, "rb") as source:
-            source.seek(tensor.offset)
-            left = tensor.nbytes
-            while left:
-                piece = source.read(min(left, 1 << 24))
-                if not piece:
-                    raise RunError(f"{tensor.file} ends inside {tensor.key}; the file is cut short: copy it again")
-                left -= len(piece)
-                yield piece
+        yield from tensor.pieces()
     elif tensor.nbytes:
         yield bytes_of(tensor.detach().cpu().contiguous())

@@ -4,6 +4,9 @@ Everything is built in DIR.partial and renamed once at the end. Each finished bl
 a temporary name, flushed, renamed; then one line of the journal, flushed, says that it is done. A line that a kill cut
 short is dropped, and so is its block. The order matters: a line in the journal means that its shard is on the disk.
 From the flush on all that happens, in this order, on a thread, while the next block is computed.
+
+Nothing is taken away before the rename: journal, lock and an earlier DIR go with it, then they are removed.
+An input is known by what it holds: the journal has a digest of every tensor that the finished blocks came from.
 """
 
 from __future__ import annotations
@@ -13,16 +16,24 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from torch import Tensor
 
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import is_timm, read_config
-from wanda.checkpoint.tensors import Entry, read_header, stage_file, sync_folder, write_file
+from wanda.checkpoint.tensors import (
+    Entry,
+    file_digest,
+    file_pieces,
+    read_header,
+    stage_file,
+    sync_folder,
+    write_file,
+)
 from wanda.errors import ConfigurationError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +42,10 @@ TUNE_IDENTITY = "tune.json"
 _RUNS = {_JOURNAL: "prune", TUNE_IDENTITY: "tune"}  # the file that a stopped run left, and whose run it is
 _LOCK = "lock"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_OURS = ("README.md", "wanda.json", _JOURNAL, _LOCK)
+_REPORT = "wanda.json"
+_OURS = ("README.md", _REPORT, _JOURNAL, _LOCK)
+_REPLACED = "replaced"  # an earlier DIR, inside the new one until it can go
+_OUTSIDE = "the tensors outside the blocks"
 
 
 def output_faults(
@@ -40,7 +54,7 @@ def output_faults(
     """Why `out` cannot be written, one sentence each; writes nothing.
 
     source: the input, which must not be lost. resume: go on with a stopped run of `command`; any other stopped run is
-    somebody's work, which only `overwrite` gives up.
+    somebody's work, which only `overwrite` gives up. A result that `finished` may know passes with `resume` of prune.
     """
     faults = []
     if source is not None and out.resolve() == source.resolve():
@@ -49,7 +63,7 @@ def output_faults(
         faults.append(f"--out {out} holds the input {source}, which is never written to; choose another folder")
     elif out.exists() and not out.is_dir():
         faults.append(f"--out {out} is a file; choose a folder")
-    elif out.is_dir() and any(out.iterdir()) and not overwrite:
+    elif _filled(out) and not overwrite and not (resume and command == "prune" and (out / _REPORT).is_file()):
         faults.append(f"--out {out} is not empty; choose another folder or pass --overwrite")
     existing = out.absolute()
     while not existing.exists():
@@ -84,36 +98,44 @@ def journaled(out: Path) -> dict[str, Any]:
 class Writer:
     """The folder DIR.partial of one run, locked against a second one.
 
+    blocks: of every block, the names of its tensors on disk.
     identity: what makes this run this run (recipe, input, calibration tokens); a resumed run must have the same.
     done: per finished block, in order, the rows that were journaled with it.
     facts: what else was journaled (the allocation, say).
     """
 
-    def __init__(self, out: Path, source: Checkpoint, identity: Mapping[str, Any], resume: bool):
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        blocks: Sequence[Sequence[str]],
+        identity: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+    ):
         self.out, self.source, self.folder = out.absolute(), source, partial_folder(out)
+        self.identity, self.blocks = dict(identity), blocks
         self.done: list[list[dict[str, Any]]] = []
         self.facts: dict[str, Any] = {}
-        self._blocks: list[list[str]] = []
+        self._parts = _parts(source, blocks)
+        self._contents: dict[str, str] = {}  # of the input's parts that were looked at
+        self._files: dict[str, str] = {}  # digests of the shards that were written
+        self._single = is_timm(read_config(source.folder))  # timm reads one file
+        self._count = len(blocks) + bool(self._parts[_OUTSIDE])
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._lock = self._locked()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / _LOCK, "w", encoding="ascii")  # noqa: SIM115
-        except OSError as error:
-            raise RunError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ConfigurationError(
-                f"another run is writing {self.out}; wait for it or choose another --out"
-            ) from None
-        try:
+            if _filled(self.out) and not overwrite:  # since it was planned
+                if [file.name for file in self.folder.iterdir()] == [_LOCK]:
+                    (self.folder / _LOCK).unlink()
+                    self.folder.rmdir()
+                raise ConfigurationError(f"another run has written {self.out} meanwhile; choose another --out")
             if resume:
-                self._read_journal(identity)
-            if not self._blocks and not self.facts:
+                self._read_journal()
+            if not self.done and not self.facts:
                 self._clear()
-                self._append({"identity": dict(identity)})
+                self._append({"identity": self.identity})
         except BaseException:
             self._lock.close()
             raise
@@ -125,69 +147,82 @@ class Writer:
         for the one before if that failed after its return.
         """
         self._settle()
-        commit = stage_file(self.folder / f"block-{index:05d}.safetensors", tensors, {"format": "pt"})
-        keys = list(tensors)
+        name = self._name(index)
+        commit = stage_file(self.folder / name, tensors, {"format": "pt"})
 
         def finish_block() -> None:
-            commit()
-            self._append({"block": index, "rows": rows})
-            self._blocks.append(keys)
+            seen = {part: self._content(part) for part in (_OUTSIDE, _block(index))}
+            digest = commit()
+            self._append({"block": index, "rows": rows, "file": digest, "input": seen})
+            self._files[name] = digest
             self.done.append(rows)
 
         self._pending = self._thread.submit(finish_block)
 
     def block_entries(self, index: int) -> dict[str, Entry]:
         """The tensors of a finished block, by disk key."""
-        return read_header(self.folder / f"block-{index:05d}.safetensors")[0]
+        return read_header(self.folder / self._name(index))[0]
+
+    def look_at(self, index: int) -> None:
+        """Take the digest of a block of the input that something noted next comes from, while the system has it."""
+        self._content(_block(index))
 
     def note(self, **facts: Any) -> None:
-        """Journal something else that a resumed run has to know."""
+        """Journal something else that a resumed run has to know, which comes from the blocks that were looked at."""
         self.facts.update(facts)
-        self._append({"facts": facts})
+        if self._contents:
+            self._content(_OUTSIDE)
+        self._append({"facts": facts, "input": self._contents})
 
-    def finish(self, files: Mapping[str, str]) -> None:
-        """Write the tensors outside the blocks, the index, the input's other files and `files` (name to text), rename.
+    def write_rest(self) -> dict[str, Any]:
+        """Write the tensors outside the blocks; returns what `finished` knows the result by.
 
-        A model of timm's format is one file, which is all that timm reads. From here on a kill leaves either a
-        resumable DIR.partial or the whole DIR.
+        A model of timm's format becomes one file, which is all that timm reads.
         """
         self._settle()
-        inside = {key for keys in self._blocks for key in keys}
-        outside = {key: entry for key, entry in self.source.entries.items() if key not in inside}
-        single = is_timm(read_config(self.source.folder))
-        count = 0 if single else len(self._blocks) + bool(outside)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if single:
-            blocks = {k: e for index in range(len(self._blocks)) for k, e in self.block_entries(index).items()}
-            write_file(self.folder / "model.safetensors", blocks | outside, {"format": "pt"})
+        outside: dict[str, Tensor | Entry] = {key: self.source.entries[key] for key in self._parts[_OUTSIDE]}
+        if self._single:
+            for index in range(len(self.blocks)):
+                outside |= self.block_entries(index)
+            name = "model.safetensors"
+            self._files = {name: write_file(self.folder / name, outside, {"format": "pt"})}
         elif outside:
-            write_file(self.folder / names[-1], outside, {"format": "pt"})
-        weight_map = {
-            key: name for name, keys in zip(names, [*self._blocks, list(outside)], strict=False) for key in keys
-        }
+            name = self._name(len(self.blocks))
+            self._files[name] = write_file(self.folder / name, outside, {"format": "pt"})
+        return {**self.identity, "tensors": {part: self._content(part) for part in self._parts}, "files": self._files}
+
+    def finish(self, files: Mapping[str, str]) -> None:
+        """Write the index, the input's other files and `files` (name to text), rename, remove what is not the result's.
+
+        Comes after `write_rest`. A kill leaves either a resumable DIR.partial or the whole DIR, which may still hold
+        the journal, the lock and what was there before; `finished` removes them.
+        """
+        keys = [*self.blocks, self._parts[_OUTSIDE]]
+        weight_map = {key: self._name(index) for index in range(self._count) for key in keys[index]}
         index_text = {"metadata": {"total_size": self.source.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        texts = {} if self._single else {INDEX: json.dumps(index_text, indent=2) + "\n"}
         try:
-            for index, name in enumerate(names[: len(self._blocks)]):
-                if not (self.folder / name).exists():  # the block's own name stays until the end, for a resumed run
-                    os.link(self.folder / f"block-{index:05d}.safetensors", self.folder / name)
             for file in sorted(self.source.folder.iterdir()):
                 if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OURS:
-                    shutil.copyfile(file, self.folder / file.name)
-                    _sync(self.folder / file.name)
-            for name, text in {**({} if single else {INDEX: json.dumps(index_text, indent=2) + "\n"}), **files}.items():
-                (self.folder / name).write_text(text, encoding="utf-8")
-                _sync(self.folder / name)
-            sync_folder(self.folder)
-            for index in range(len(self._blocks)):
-                (self.folder / f"block-{index:05d}.safetensors").unlink()
-            (self.folder / _JOURNAL).unlink()
-            (self.folder / _LOCK).unlink()
+                    with open(self.folder / file.name, "wb") as copy:
+                        for piece in file_pieces(file):
+                            copy.write(piece)
+                        copy.flush()
+                        os.fsync(copy.fileno())
+            for name, text in {**texts, **files}.items():
+                with open(self.folder / name, "w", encoding="utf-8") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
             sync_folder(self.folder)
             replace_folder(self.folder, self.out)
+            _tidy(self.out, len(self.blocks))
         except OSError as error:
-            raise RunError(
-                f"{self.folder} cannot be finished: {error.strerror}; free some space and --resume"
-            ) from error
+            if self.folder.exists():
+                raise RunError(
+                    f"{self.folder} cannot be finished: {error.strerror}; free some space and --resume"
+                ) from error
+            raise RunError(_untidy(self.out, error)) from error
         self._lock.close()
 
     def close(self) -> None:
@@ -197,11 +232,48 @@ class Writer:
         self._thread.shutdown()
         self._lock.close()
 
+    def _locked(self) -> TextIO:
+        """The open lock file; the run that had it may rename or remove it while this one waits to look at it."""
+        for _ in range(100):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.folder.parent)
+                lock = open(self.folder / _LOCK, "a", encoding="ascii")  # noqa: SIM115
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise RunError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock.fileno()), (self.folder / _LOCK).stat()):
+                    return lock
+            except BlockingIOError:
+                lock.close()
+                break
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                lock.close()
+                raise RunError(
+                    f"{self.folder} cannot be locked: {error.strerror}; choose an --out on a disk that has locks"
+                ) from error
+            lock.close()
+        raise ConfigurationError(f"another run is writing {self.out}; wait for it or choose another --out")
+
+    def _name(self, index: int) -> str:
+        """The file of a block, or, after the last one, of what is outside the blocks."""
+        return _part_name(index) if self._single else f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
+
+    def _content(self, part: str) -> str:
+        if part not in self._contents:
+            self._contents[part] = self.source.content(self._parts[part])
+        return self._contents[part]
+
     def _settle(self) -> None:
         """Wait for the block that is being flushed; raises its RunError."""
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
@@ -215,31 +287,53 @@ class Writer:
                 f"{self.folder} cannot be written: {error.strerror}; free some space and --resume"
             ) from error
 
-    def _read_journal(self, identity: Mapping[str, Any]) -> None:
+    def _read_journal(self) -> None:
         path = self.folder / _JOURNAL
-        lines = [line for line, _ in _lines(path)]
+        found = list(_lines(path))
+        lines = [line for line, _ in found]
         if not lines:
             return
-        then = lines[0].get("identity", {})
-        different = [name for name in identity if json.loads(json.dumps(identity[name])) != then.get(name)]
-        if different:
-            raise ConfigurationError(
-                f"{self.folder} was begun with another {' and another '.join(different)}{_which(then, identity)}; "
-                "resume with the same, choose another --out, or start anew with --overwrite"
-            )
-        os.truncate(path, sum(length for _, length in _lines(path)))
+        self._refuse(_differences(lines[0].get("identity", {}), self.identity))
+        seen: dict[str, str] = {}
         for line in lines[1:]:
             self.facts.update(line.get("facts", {}))
+            seen.update(line.get("input", {}))
             if "block" in line:
-                self._blocks.append(list(self.block_entries(line["block"])))
+                try:
+                    self.block_entries(line["block"])
+                except RunError as error:
+                    raise ConfigurationError(
+                        f"a block that was finished is lost ({error}); bring its file back or start anew with "
+                        "--overwrite"
+                    ) from error
+                self._files[self._name(line["block"])] = line["file"]
                 self.done.append(line["rows"])
+        self._refuse([f"input ({part})" for part, digest in seen.items() if self._content(part) != digest])
+        try:
+            os.truncate(path, sum(length for _, length in found))
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}; mend that and --resume") from error
+
+    def _refuse(self, different: Sequence[str]) -> None:
+        if different:
+            raise ConfigurationError(
+                f"{self.folder} was begun with another {' and another '.join(different)}; resume with the same, choose "
+                "another --out, or start anew with --overwrite"
+            )
 
     def _clear(self) -> None:
-        for file in self.folder.iterdir():
-            if file.is_dir() and not file.is_symlink():  # a stopped run of tune has folders
-                shutil.rmtree(file)
-            elif file.name != _LOCK:
-                file.unlink()
+        """Empty the folder, the journal first: without it nothing counts as done."""
+        try:
+            for name in (_JOURNAL, TUNE_IDENTITY):
+                (self.folder / name).unlink(missing_ok=True)
+            sync_folder(self.folder)
+            for file in self.folder.iterdir():
+                if file.is_dir() and not file.is_symlink():  # a stopped run of tune has folders
+                    shutil.rmtree(file)
+                elif file.name != _LOCK:
+                    file.unlink()
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be emptied: {error.strerror}; remove it") from error
 
 
 def _lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -267,21 +361,102 @@ def _which(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def replace_folder(partial: Path, out: Path) -> None:
-    """Rename `partial` to `out`, putting an earlier `out` aside until that is done, then removing it."""
-    aside = None
+    """Rename `partial` to `out`; an earlier `out` waits inside until that is done, then it is removed.
+
+    A kill between the two renames leaves both in `partial`, one after them both in `out`.
+    """
+    aside = partial / _REPLACED
     if out.exists():
-        aside = out.with_name(out.name + ".replaced")
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            shutil.rmtree(aside)
         os.replace(out, aside)
-    os.replace(partial, out)
-    sync_folder(out.parent)
-    if aside is not None:
-        shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+        sync_folder(out.parent)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.replace(partial, out)
+    except OSError:
+        if aside.exists():
+            with contextlib.suppress(OSError):
+                os.replace(aside, out)
+        raise
+    sync_folder(out.parent)
+    if (out / _REPLACED).exists():
+        shutil.rmtree(out / _REPLACED)
+
+
+def _tidy(out: Path, blocks: int) -> None:
+    """Remove from a whole `out` what only its making needed."""
+    for name in (*(_part_name(index) for index in range(blocks)), _JOURNAL, _LOCK):
+        (out / name).unlink(missing_ok=True)
+    if (out / _REPLACED).exists():
+        shutil.rmtree(out / _REPLACED)
+    sync_folder(out)
+
+
+def _untidy(out: Path, error: OSError) -> str:
+    return f"{out} is whole, but cannot be cleared of what its making needed: {error.strerror}; --resume tries again"
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _block(index: int) -> str:
+    return f"block {index}"
+
+
+def _part_name(index: int) -> str:
+    """The file of a block that is not a shard of the result."""
+    return f"block-{index:05d}.safetensors"
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words."""
+    found = []
+    for name in now:
+        if json.loads(json.dumps(now[name])) != then.get(name):
+            found.append(name + (_which(then, now) if name == "recipe" else ""))
+    return found
+
+
+def _parts(source: Checkpoint, blocks: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The input's tensors: those outside the blocks, and those of every block."""
+    inside = {key for keys in blocks for key in keys}
+    outside = [key for key in source.entries if key not in inside]
+    return {_OUTSIDE: outside} | {_block(index): keys for index, keys in enumerate(blocks)}
+
+
+def finished(
+    out: Path, source: Checkpoint, blocks: Sequence[Sequence[str]], identity: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+    """wanda.json of a folder that holds the whole result of this identity; removes what a kill may have left in it.
+
+    Reads the input and the result. None when there is something to do: the folder is empty, or `overwrite` lets it be
+    replaced. Raises ConfigurationError when it holds something else and must not be.
+    """
+    if not _filled(out) or (overwrite and (partial_folder(out) / _JOURNAL).exists()):
+        return None
+    try:
+        report = json.loads((out / _REPORT).read_text(encoding="utf-8"))
+        known = dict(report["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = report = {}
+    what = "no result of wanda prune that is known"
+    if known:
+        different = _differences(known, identity)
+        if not different:
+            now = {name: source.content(keys) for name, keys in _parts(source, blocks).items()}
+            different = [f"input ({name})" for name in now if now[name] != known.get("tensors", {}).get(name)]
+        what = f"the result of another {' and another '.join(different)}"
+        if not different:
+            files = dict(known.get("files", {}))
+            changed = [name for name in files if not (out / name).is_file() or file_digest(out / name) != files[name]]
+            what = f"the result of this run, but {', '.join(changed)} changed since"
+            if not changed:
+                try:
+                    _tidy(out, len(blocks))
+                except OSError as error:
+                    raise RunError(_untidy(out, error)) from error
+                return dict(report)
+    if overwrite:
+        return None
+    raise ConfigurationError(f"--out {out} is not empty; choose another folder or pass --overwrite (it holds {what})")

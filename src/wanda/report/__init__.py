@@ -22,6 +22,7 @@ class Report:
 
     layers: a row per pruned matrix (name, block, shape, pattern, removed, sparsity, relative_error, error, tokens,
     seconds, notes). left_dense: parameters of the blocks that were not pruned, with the reason.
+    identity: digests of what went in and of the files that came out, by which the result is known again.
     """
 
     model: str
@@ -36,6 +37,8 @@ class Report:
     command: str | None = None
     out: str | None = None
     loaded_by: str = "AutoModelForCausalLM.from_pretrained"
+    identity: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
     @classmethod
     def of(
@@ -63,6 +66,17 @@ class Report:
             loaded_by=plan.loaded_by(),
         )
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The report of an earlier run, from its wanda.json."""
+        same = ("model", "out", "recipe", "calibration", "command", "versions", "notes", "left_dense", "layers")
+        totals = ("seconds", "peak_memory_bytes", "model_weights")
+        return cls(
+            **{name: values[name] for name in same},
+            **{name: values["totals"][name] for name in totals},
+            identity=values.get("identity", {}),
+        )
+
     @property
     def weights(self) -> int:
         """Prunable weights: those of the matrices that were pruned."""
@@ -87,7 +101,7 @@ class Report:
             "recipe": self.recipe,
             "calibration": self.calibration,
             "command": self.command,
-            "versions": versions(),
+            "versions": self.versions,
             "totals": {
                 "prunable_weights": self.weights,
                 "removed_weights": self.removed,
@@ -99,6 +113,7 @@ class Report:
             },
             "notes": self.notes,
             "left_dense": self.left_dense,
+            "identity": self.identity,
             "layers": self.layers,
         }
 
