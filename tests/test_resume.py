@@ -41,6 +41,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("model") / "dense")
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two blocks: a run has fewer writes."""
+    return tiny_llama(tmp_path_factory.mktemp("model") / "dense", num_hidden_layers=2)
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors*")}
 
@@ -119,11 +125,11 @@ class Written:
     "options", [{"propagate": "block"}, {"propagate": "layer"}, {"method": "owl", "overwrite": True}]
 )
 def test_a_fault_at_every_write_leaves_a_resumable_run(
-    options: dict[str, Any], killed: bool, source: Path, text: str, tmp_path: Path
+    options: dict[str, Any], killed: bool, short: Path, text: str, tmp_path: Path
 ) -> None:
     """Every write of every file, flush, rename and removal, also of an earlier folder that is to be replaced."""
     options = OPTIONS | options | {"calibration": text}
-    prune(source, out=tmp_path / "whole", **options)
+    prune(short, out=tmp_path / "whole", **options)
     expected = digests(tmp_path / "whole")
     at, faults, whole = 1, 0, 0
     while True:
@@ -134,7 +140,7 @@ def test_a_fault_at_every_write_leaves_a_resumable_run(
         with pytest.MonkeyPatch.context() as monkeypatch:
             fault = Fault(monkeypatch, tmp_path, at, killed)
             try:
-                prune(source, out=out, **options)
+                prune(short, out=out, **options)
                 assert fault.count < at
                 break  # no write was left to fail
             except RunError as error:
@@ -145,13 +151,13 @@ def test_a_fault_at_every_write_leaves_a_resumable_run(
         if out.exists() and not (out / "old.safetensors").exists():  # then it is whole, with leftovers at worst
             assert expected.items() <= digests(out).items()
             whole += 1
-        prune(source, out=out, resume=True, **options)
+        prune(short, out=out, resume=True, **options)
         assert digests(out) == expected, f"fault at write {at}"
         assert sorted(file.name for file in out.iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir())
         assert not writer.partial_folder(out).exists()
         shutil.rmtree(out)
         at += 1
-    assert whole >= 3 and faults > 60
+    assert whole >= 3 and faults > 2 * 12 + 20  # head and tensors, flushes, renames, journal of a block; the rest
 
 
 def test_sigkill_in_the_middle_of_a_shard(source: Path, text: str, tmp_path: Path) -> None:
