@@ -21,8 +21,9 @@ from wanda.activations import Activations
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError
 from wanda.pipeline import BlockLoop, prune
-from wanda.plan import Plan
+from wanda.plan import Choices, Plan
 from wanda.recipe import Recipe
+from wanda.statistics import Needs
 
 SAMPLES, SEQLEN, BATCH, WIDTH = 4, 24, 2, 32
 RESIDENT = 400 << 20
@@ -154,9 +155,12 @@ def test_a_device_has_a_limit_of_its_own(source: Path, text: str, monkeypatch: p
 
 def test_owl_counts_its_stream_and_every_estimate_the_token_ids(source: Path, text: str) -> None:
     assert plan_of(source, text, method="owl").memory - plan_of(source, text).memory == BETWEEN
-    filed = [plan_of(source, text, samples=n, propagate="block", memory="660MB") for n in (SAMPLES, 10 * SAMPLES)]
-    filed[0].take(filed[1].choices)
-    assert all(plan.choices.propagate == "block" for plan in filed)
+    filed = []
+    for samples in (SAMPLES, 10 * SAMPLES):
+        plan = plan_of(source, text, samples=samples, propagate="block")
+        plan.take(Choices("block", BATCH, True))
+        filed.append(wanda.plan._estimate(plan, Needs.NORMS)[0])
+    assert filed[1] - filed[0] == 9 * SAMPLES * SEQLEN * 8
 
 
 def test_what_enters_the_first_block_goes_to_the_file_at_once(
