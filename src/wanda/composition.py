@@ -20,6 +20,8 @@ from wanda.scores import SCORES
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES, Problem
 
+_PANEL = 256  # rows
+
 
 @dataclass
 class Pruned:
@@ -111,12 +113,14 @@ def relative_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> tup
     """||(W - B) X^T||^2 / ||W X^T||^2, exact with a Gram matrix, else from the input norms (features uncorrelated)."""
     if statistics.square_sum is None or statistics.tokens == 0:
         return None, False
-    difference = dense - pruned
     if statistics.gram is not None:
+        difference = dense - pruned
         lost = (difference @ statistics.gram).mul_(difference).sum(dtype=torch.float64)
         whole = (dense @ statistics.gram).mul_(dense).sum(dtype=torch.float64)
     else:
-        lost = square_sum(difference).double() @ statistics.square_sum.double()
+        panels = zip(dense.split(_PANEL), pruned.split(_PANEL), strict=True)  # their differences stay in the cache
+        columns = torch.stack([square_sum(one - other) for one, other in panels]).sum(dim=0)
+        lost = columns.double() @ statistics.square_sum.double()
         whole = square_sum(dense).double() @ statistics.square_sum.double()
     return (float(lost / whole) if whole > 0 else 0.0), statistics.gram is not None
 
