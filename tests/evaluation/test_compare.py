@@ -98,7 +98,7 @@ def test_equals_prune_and_perplexity_one_by_one(
     assert all(f"{row['perplexity']:.2f}" in table for row in rows.values()) and "text.txt" in table
     for folder in (tmp_path, Path(text).parent, tiny.parent):  # results name no folder of the machine
         assert str(folder) not in table + (out / "results.json").read_text()
-    assert "calibration text.txt is not used: magnitude needs none" in table
+    assert "not used, since magnitude needs no calibration: --calibration text.txt" in table
     for name in ("sparsity", "seconds"):
         assert (out / f"perplexity-{name}.png").read_bytes().startswith(b"\x89PNG")
 
