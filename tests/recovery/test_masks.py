@@ -61,7 +61,7 @@ def test_masks_that_do_not_match_the_recipe_are_refused_by_name(pruned, tiny):
     shifted = rewritten(
         pruned("shifted"), lambda tensors: tensors[f"{NAME}.weight"].fill_(1).view(-1, 8)[:, :4].zero_()
     )
-    with pytest.raises(ConfigurationError, match=rf"{NAME} has a group of 4 with more than 2 survivors, recorded as 2:4"):
+    with pytest.raises(ConfigurationError, match=rf"{NAME} has a group of 4 with more than 2 survivors"):
         masks_of(shifted)
     renamed = pruned("renamed")
     recipe = json.loads((renamed / "wanda.json").read_text())
