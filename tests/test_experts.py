@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures import saved, tiny
-from models import LINES, VOCABULARY, tiny_tokenizer
+from models import VOCABULARY, tiny_tokenizer
 from wanda.allocation import ALLOCATIONS
 from wanda.blocks import Blocks
 from wanda.errors import ConfigurationError, RunError
@@ -306,13 +306,6 @@ def test_few_gram_matrices_of_experts_at_once_change_no_entry(
     assert all(torch.equal(free[key], bounded[key]) for key in free)
     assert few <= 2  # the one that is made and the last one, or two small ones in one group
     assert propagate == "layer" or many >= 2 * EXPERTS
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(LINES * 40), encoding="utf-8")
-    return str(file)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import wanda.plan
-from models import LINES, tiny_llama
+from models import tiny_llama
 from wanda.activations import Activations
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError
@@ -36,13 +36,6 @@ OPTIONS: dict[str, Any] = {
     "progress": False,
 }
 AMPLE = 1 << 40
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(LINES * 40), encoding="utf-8")
-    return str(file)
 
 
 @pytest.fixture(scope="module")

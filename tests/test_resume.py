@@ -20,20 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import LINES, tiny_llama
+from models import tiny_llama
 from wanda.checkpoint import tensors, writer
 from wanda.errors import ConfigurationError, RunError
 from wanda.pipeline import prune
 from wanda.plan import Plan
 
 OPTIONS: dict[str, Any] = {"samples": 4, "seqlen": 24, "batch": 2, "dtype": "float32", "progress": False}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(LINES * 40), encoding="utf-8")
-    return str(file)
 
 
 @pytest.fixture(scope="module")

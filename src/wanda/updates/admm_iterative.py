@@ -18,6 +18,10 @@ class IterativeADMM:
     takes_chain = False
     solves = True
     within_rows = False
+    rises = 15  # steps over which the sparsity rises
+    relaxation = 1.0
+    reduced = False
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        return admm(problem, rising(problem.pattern, 15), by_row=problem.pattern.by_row)
+        pattern = problem.pattern
+        return admm(problem, rising(pattern, self.rises), pattern.by_row, self.relaxation, self.reduced)
