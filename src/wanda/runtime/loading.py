@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
-from wanda.checkpoint.source import load_config, load_model, resolve, weight_files
+from wanda.checkpoint.source import bars_on_terminals_only, load_config, load_model, resolve, weight_files
 from wanda.checkpoint.tensors import read_header
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import LEVELS, level, native
@@ -163,14 +163,15 @@ def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor], trust_remote_
     types = {matrix.dtype for matrix in checkpoint.matrices.values()}
     dtype: Any = types.pop() if len(types) == 1 else "auto"
     try:
-        model, found = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        with bars_on_terminals_only():
+            model, found = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except (ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RunError(f"{checkpoint.folder}: tensors and config.json do not fit together: {reason}") from error
