@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from wanda.allocation import ALLOCATIONS
 from wanda.composition import Composition, faults
 from wanda.errors import RunError
 from wanda.methods import METHODS
-from wanda.patterns import Unstructured, exact
+from wanda.patterns import NM, Pattern, Unstructured, exact
 from wanda.scores import SCORES
 from wanda.statistics import Needs
 from wanda.updates import UPDATES
@@ -98,5 +100,22 @@ def test_the_error_from_norms_is_an_estimate() -> None:
     result = Composition("wanda").prune(w, gathered(x, needs=Needs.NORMS), Unstructured(exact("0.5")), "q")
     norm = x.square().sum(dim=0)
     expected = float(((w - result.weight).square() @ norm).sum() / (w.square() @ norm).sum())
-    assert not result.exact_error and result.relative_error == pytest.approx(expected, rel=1e-5)
+    assert result.error is not None and not result.error.exact
+    assert result.error.relative == pytest.approx(expected, rel=1e-5)
     assert torch.equal(result.weight, torch.where(result.mask, w, 0))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(exact("0.5")), NM(2, 4), Unstructured(exact("0.5"), "layer")])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "ria"])
+def test_panels_of_rows_give_what_the_whole_matrix_gives(score: str, pattern: Pattern, monkeypatch: Any) -> None:
+    monkeypatch.setattr("wanda.composition._PANEL", 24)  # three rows of 8
+    x, w = inputs(50, 8), weights(10, 8)
+    composition, statistics = Composition(score), gathered(x, needs=Needs.NORMS)
+    whole = composition.prune(w, statistics, pattern, "q")
+    slices = composition.panels(pattern, 10, 8)
+    assert len(slices) == (4 if score != "ria" and pattern.by_row else 1)
+    parts = [composition.prune(w[rows], statistics, pattern, "q") for rows in slices]
+    assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
+    errors = [part.error for part in parts if part.error is not None]
+    assert whole.error is not None and len(errors) == len(parts)
+    assert sum(errors[1:], errors[0]).relative == pytest.approx(whole.error.relative, rel=1e-5)

@@ -20,24 +20,43 @@ from wanda.scores import SCORES
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES, Problem
 
-_PANEL = 256  # rows
+_PANEL = 1 << 18  # weights: what is made of so many on the way stays in the cache, in memory that is used again
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """||(W - B) X^T||^2 and ||W X^T||^2 over the calibration inputs X, of dense weights W and pruned B.
+
+    exact: taken with a Gram matrix; else with the input norms only, as if the features were uncorrelated.
+    """
+
+    lost: float
+    whole: float
+    exact: bool
+
+    @property
+    def relative(self) -> float:
+        """Squared output error over squared dense output."""
+        return self.lost / self.whole if self.whole > 0 else 0.0
+
+    def __add__(self, other: OutputError) -> OutputError:
+        """The error of some rows and of others together."""
+        return OutputError(self.lost + other.lost, self.whole + other.whole, self.exact and other.exact)
 
 
 @dataclass
 class Pruned:
-    """What became of one matrix.
+    """What became of one matrix, or of some of its rows.
 
     weight: [out, in] float32, zero where mask is False.
     mask: [out, in] bool, True survives.
-    relative_error: squared output error over squared dense output on the calibration inputs; None without statistics.
-    exact_error: True when taken with a Gram matrix, False for the diagonal estimate with input norms.
+    error: what the outputs lost on the calibration inputs; None without statistics.
     notes: sentences for the report.
     """
 
     weight: Tensor
     mask: Tensor
-    relative_error: float | None
-    exact_error: bool
+    error: OutputError | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,6 +77,15 @@ class Composition:
         needs = [UPDATES.get(name).needs for name in self.update.split("+")]
         return max(needs + ([SCORES.get(self.score).needs] if self.score else []))
 
+    def panels(self, pattern: Pattern, out: int, width: int) -> list[slice]:
+        """Slices of the rows of an [out, width] matrix whose pruning, one by one, gives what the whole matrix's gives.
+
+        Small ones where score, pattern and update look at every row by itself; else one of all rows.
+        """
+        alone = self.update == "none" and pattern.by_row and self.score is not None and SCORES.get(self.score).by_row
+        rows = max(1, _PANEL // max(1, width)) if alone else max(1, out)
+        return [slice(first, min(first + rows, out)) for first in range(0, max(1, out), rows)]
+
     def prune(
         self,
         weight: Tensor,
@@ -65,7 +93,7 @@ class Composition:
         pattern: Pattern,
         name: str,
     ) -> Pruned:
-        """Prune the matrix called `name` (for messages); weight: [out, in] float32, never written to.
+        """Prune the matrix called `name` (for messages), or a panel of it; weight: [out, in] float32, never written to.
 
         Raises RunError when scores or updated weights are not finite.
         """
@@ -80,8 +108,8 @@ class Composition:
         if not finite(problem.solution):
             cure = "use more samples" if finite(weight) else "the input holds NaN or Inf weights there: mend it"
             raise RunError(f"{name}: the update {self.update} gave values that are not finite; {cure}")
-        error, is_exact = relative_error(weight, problem.solution, statistics)
-        return Pruned(problem.solution, problem.mask, error, is_exact, statistics.notes + problem.notes)
+        error = output_error(weight, problem.solution, statistics)
+        return Pruned(problem.solution, problem.mask, error, statistics.notes + problem.notes)
 
     def _select(
         self, weight: Tensor, statistics: Statistics, pattern: Pattern, name: str
@@ -109,20 +137,18 @@ def finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def relative_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> tuple[float | None, bool]:
-    """||(W - B) X^T||^2 / ||W X^T||^2, exact with a Gram matrix, else from the input norms (features uncorrelated)."""
+def output_error(dense: Tensor, pruned: Tensor, statistics: Statistics) -> OutputError | None:
+    """What the outputs lose on the calibration inputs; None when there were none."""
     if statistics.square_sum is None or statistics.tokens == 0:
-        return None, False
+        return None
+    difference = dense - pruned
     if statistics.gram is not None:
-        difference = dense - pruned
         lost = (difference @ statistics.gram).mul_(difference).sum(dtype=torch.float64)
         whole = (dense @ statistics.gram).mul_(dense).sum(dtype=torch.float64)
     else:
-        panels = zip(dense.split(_PANEL), pruned.split(_PANEL), strict=True)  # their differences stay in the cache
-        columns = torch.stack([square_sum(one - other) for one, other in panels]).sum(dim=0)
-        lost = columns.double() @ statistics.square_sum.double()
+        lost = square_sum(difference).double() @ statistics.square_sum.double()
         whole = square_sum(dense).double() @ statistics.square_sum.double()
-    return (float(lost / whole) if whole > 0 else 0.0), statistics.gram is not None
+    return OutputError(float(lost), float(whole), statistics.gram is not None)
 
 
 def faults(

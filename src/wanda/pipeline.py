@@ -310,15 +310,19 @@ class Pruner:
             statistics = Statistics(matrix.width, Needs.NOTHING, computed.device)
         view = matrix.view(stored)
         weight = matrix.view(computed) if computed.dtype == stored.dtype else view.to(computed.device)
-        pruned = composition.prune(weight.float(), statistics, pattern, matrix.name)
-        if composition.update == "none":
-            clear_lost(view, pruned.mask.to(view.device))  # survivors keep their bits
-        else:
-            view.copy_(clear_lost(pruned.weight.to(view.dtype), pruned.mask))
+        removed, errors = 0, []
+        for rows in composition.panels(pattern, matrix.out, matrix.width):
+            pruned = composition.prune(weight[rows].float(), statistics, pattern, matrix.name)
+            if composition.update == "none":
+                clear_lost(view[rows], pruned.mask.to(view.device))  # survivors keep their bits
+            else:
+                view[rows].copy_(clear_lost(pruned.weight.to(view.dtype), pruned.mask))
+            removed += pruned.mask.numel() - int(torch.count_nonzero(pruned.mask))  # a sum of bools: 16 times as long
+            errors.append(pruned.error)
         if computed.data_ptr() != stored.data_ptr():
             matrix.view(computed).copy_(view)
-        removed = matrix.numel - int(torch.count_nonzero(pruned.mask))  # a sum of bools takes 16 times as long
-        how = "exact" if pruned.exact_error else "diagonal estimate"
+        known = [error for error in errors if error is not None]
+        error = sum(known[1:], known[0]) if known else None
         self.rows.append(
             {
                 "name": matrix.name,
@@ -327,8 +331,8 @@ class Pruner:
                 "pattern": pattern.text,
                 "removed": removed,
                 "sparsity": removed / matrix.numel,
-                "relative_error": pruned.relative_error,
-                "error": None if pruned.relative_error is None else how,
+                "relative_error": None if error is None else error.relative,
+                "error": None if error is None else "exact" if error.exact else "diagonal estimate",
                 "tokens": tokens,
                 "seconds": round(time.perf_counter() - start, 4),
                 "notes": [*notes, *pruned.notes],

@@ -71,7 +71,8 @@ def test_counts_zeros_errors_and_determinism(update: str, name: str) -> None:
     updated = ((x.double() @ (w - result.weight).double().T) ** 2).sum()
     whole = ((x.double() @ w.double().T) ** 2).sum()
     assert float(updated) <= float(masked) * (1 + 1e-6)
-    assert result.exact_error and result.relative_error == pytest.approx(float(updated / whole), rel=1e-3)
+    assert result.error is not None and result.error.exact
+    assert result.error.relative == pytest.approx(float(updated / whole), rel=1e-3)
 
 
 @pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=["row", "2:4"])
@@ -337,5 +338,5 @@ def test_swap_stops_where_no_swap_helps(pattern: Unstructured | NM, inherit: flo
 def test_only_needed_statistics() -> None:
     w = weights(6, 8)
     result = Composition("magnitude").prune(w, Statistics(8, Needs.NOTHING), HALF, "m")
-    assert torch.equal(result.mask, HALF.mask(w.abs())) and result.relative_error is None
+    assert torch.equal(result.mask, HALF.mask(w.abs())) and result.error is None
     assert torch.equal(result.weight[result.mask], w[result.mask])

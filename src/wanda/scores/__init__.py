@@ -17,10 +17,14 @@ __path__ = pkgutil.extend_path(__path__, __name__)  # a file in another folder o
 
 
 class Score(Protocol):
-    """How much each weight of a matrix matters."""
+    """How much each weight of a matrix matters.
+
+    by_row: a row's scores come from that row and the statistics alone, so that rows can be scored a few at a time.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
+    by_row: ClassVar[bool]
 
     def prepare(self, weight: Tensor, statistics: Statistics) -> Callable[[Tensor, slice], Tensor]:
         """Take whole-matrix quantities once; weight: [out, in] float32.

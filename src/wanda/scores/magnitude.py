@@ -11,6 +11,7 @@ class Magnitude:
     """The absolute value of the weight; needs no calibration."""
 
     needs = Needs.NOTHING
+    by_row = True
 
     def prepare(self, weight, statistics):
         return lambda columns_weight, columns: columns_weight.abs()

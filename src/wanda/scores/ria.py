@@ -13,6 +13,7 @@ class RIA:
     """(|W| / column sum of |W| + |W| / row sum of |W|) * ||X_j||_2^0.5; the sums are the whole matrix's."""
 
     needs = Needs.NORMS
+    by_row = False
 
     def prepare(self, weight, statistics):
         size = weight.abs()

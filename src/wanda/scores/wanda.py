@@ -11,6 +11,7 @@ class Wanda:
     """Magnitude times the L2 norm of the input feature over all calibration tokens."""
 
     needs = Needs.NORMS
+    by_row = True
 
     def prepare(self, weight, statistics):
         norm = statistics.input_norm()  # [in]
