@@ -30,8 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the bare forward has it too
-
 import torch
 from torch import Tensor
 
@@ -41,11 +39,13 @@ from wanda.blocks import record
 from wanda.checkpoint.source import cache_folder
 from wanda.checkpoint.tensors import write_file
 from wanda.demo import model_folder
+from wanda.memory import reuse_memory
 from wanda.pipeline import prune
 from wanda.plan import Plan
 
 
 def main() -> None:
+    reuse_memory()  # as the command line does; the bare forward has it too
     here = Path(__file__)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("smollm2", "llama-1b"))

@@ -8,6 +8,7 @@ import sys
 from cyclopts import App
 
 from wanda.errors import WandaError
+from wanda.memory import reuse_memory
 
 app = App(
     name="wanda",
@@ -34,7 +35,7 @@ for _name, _help in COMMANDS.items():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors a user can mend are one message, exit code 2 (asked wrongly) or 1 (on the way)."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages from torch: large tensors in half the time
+    reuse_memory()
     try:
         app(arguments)
     except WandaError as error:

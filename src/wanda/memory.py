@@ -8,6 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 _GROWTH = 1.03  # of resident memory, above which freed memory is given back
 
 
@@ -32,22 +33,41 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reuse_memory() -> None:
+    """Have this process use freed memory again instead of asking the system for fresh pages, each filled with zeros.
+
+    glibc hands large pieces back at once; with this it keeps those below 32 MiB, its limit, until FreedMemory says so.
+    torch is told to ask for huge pages. For a process of our own, before torch allocates; what the environment says
+    about either is left as it is. Elsewhere than with glibc only the second.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}.isdisjoint(os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 class FreedMemory:
     """Keeps resident memory from creeping up while equal work is done again and again.
 
     glibc keeps what was freed in pieces: a loop over blocks that holds nothing grew by 2.7 MB a block of 6.4 MB.
-    Handing everything back each time would cost page faults, so that it is done when memory has grown by 3% only.
+    What is handed back is handed out again page by page, each filled with zeros, so that this is done only when memory
+    has grown by 3% since the first round, or since the first one after it was handed back.
     """
 
     def __init__(self) -> None:
-        self._least: int | None = None
+        self._usual: int | None = None
 
     def give_back(self) -> None:
         """Call at the same point of every round."""
         now = resident_memory()
-        if now is None or (self._least is not None and now <= _GROWTH * self._least):
+        if now is None:
             return
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other allocators have none
-        if trim is not None:
-            trim(0)
-        self._least = resident_memory()
+        if self._usual is None:
+            self._usual = now
+        elif now > _GROWTH * self._usual:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other allocators have none
+            if trim is not None:
+                trim(0)
+            self._usual = None

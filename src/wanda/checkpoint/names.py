@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from wanda.checkpoint.tensors import Entry
+from wanda.checkpoint.tensors import Entry, SpareMemory
 from wanda.errors import RunError
 
 
@@ -79,10 +79,16 @@ class NameMap:
                 self.groups[target] = group
         return self
 
-    def load(self, group: Group, entries: Mapping[str, Entry] | None = None) -> dict[str, Tensor]:
-        """The group's parameters as they are on disk (stored type), by name in memory; entries: of other files."""
+    def load(
+        self, group: Group, entries: Mapping[str, Entry] | None = None, memory: SpareMemory | None = None
+    ) -> dict[str, Tensor]:
+        """The group's parameters as they are on disk (stored type), by name in memory.
+
+        entries: of other files. memory: to read into, but for what is converted, which has memory of its own.
+        """
         entries = self.entries if entries is None else entries
-        return self._convert(group, {key: entries[key].read() for key, _ in group.sources})
+        memory = memory if group.converter is None else None
+        return self._convert(group, {key: entries[key].read(memory) for key, _ in group.sources})
 
     def unload(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `load`: tensors by disk key; raises RunError when the conversion cannot be inverted."""

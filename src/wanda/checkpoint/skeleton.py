@@ -13,7 +13,7 @@ from wanda.blocks import Blocks, find_blocks
 from wanda.checkpoint.names import Group, NameMap
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import NO_HEAD, classifies_images, load_config
-from wanda.checkpoint.tensors import Entry
+from wanda.checkpoint.tensors import Entry, SpareMemory
 from wanda.errors import ConfigurationError, RunError
 
 
@@ -36,6 +36,7 @@ class Skeleton:
             lacking = [name for name, _ in self.model.named_parameters() if name not in self.names.groups]
             if lacking:
                 raise ConfigurationError(f"{checkpoint.folder} lacks {lacking[0]}: {NO_HEAD}")
+        self._memory = SpareMemory()  # of dropped blocks
         self._keep_fp32 = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
 
     def block_names(self, index: int) -> list[str]:
@@ -60,11 +61,12 @@ class Skeleton:
         """Fill block `index`; returns its parameters as stored, by name.
 
         entries: where its tensors lie, by disk key, when not in the checkpoint itself. Where stored and compute type
-        agree, the returned tensors are the model's own, so that writing to them changes the model.
+        agree, the returned tensors are the model's own, so that writing to them changes the model. They are valid
+        until the block is dropped: the next one is read into their memory.
         """
         stored: dict[str, Tensor] = {}
         for group in self.block_groups(index):
-            stored.update(self.names.load(group, entries))
+            stored.update(self.names.load(group, entries, self._memory))
         if index + 1 < len(self.blocks):
             for key in self.block_keys(index + 1):
                 self.checkpoint.entries[key].read_ahead()
@@ -74,6 +76,9 @@ class Skeleton:
     def drop_block(self, index: int) -> None:
         """Empty block `index`: back to the meta device."""
         self.blocks.modules[index].to("meta")
+        self._memory.take_back()
+        if index + 1 == len(self.blocks):
+            self._memory.give_up()
 
     def load_outside(self, head: bool = False) -> None:
         """Fill everything outside the blocks (embeddings, final norm, rotary tables), the output head only on demand.

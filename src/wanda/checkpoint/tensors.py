@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-_PIECE = 1 << 24  # bytes that are read, hashed and written at a time
+_PIECE = 1 << 20  # bytes that are read, hashed and written at a time: they stay in the cache
 _MOST = 2**63  # what torch counts elements in
 
 
@@ -56,9 +56,9 @@ class Entry:
     offset: int
     nbytes: int
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own; raises RunError when the file cannot be read to its end."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+    def read(self, memory: SpareMemory | None = None) -> Tensor:
+        """The tensor, in memory of its own or in that which is given; RunError when the file is cut short."""
+        tensor = torch.empty(self.shape, dtype=self.dtype) if memory is None else memory.lend(self.shape, self.dtype)
         if self.nbytes:
             view, done = bytes_of(tensor), 0
             with self._opened() as descriptor:
@@ -103,6 +103,34 @@ class Entry:
                     os.posix_fadvise(descriptor, self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(descriptor)
+
+
+class SpareMemory:
+    """Memory of tensors that nobody wants any more, to be read into again.
+
+    The system fills fresh memory with zeros before it hands it out, which takes longer than reading a cached file.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[Tensor] = []
+        self._free: list[Tensor] = []
+
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content, the caller's until it is taken back."""
+        for place, tensor in enumerate(self._free):
+            if tensor.shape == shape and tensor.dtype == dtype:
+                self._lent.append(self._free.pop(place))
+                return self._lent[-1]
+        self._lent.append(torch.empty(shape, dtype=dtype))
+        return self._lent[-1]
+
+    def take_back(self) -> None:
+        """All that is lent may be lent again, and so be overwritten; what nobody has asked for since is given up."""
+        self._lent, self._free = [], self._lent
+
+    def give_up(self) -> None:
+        """Keep nothing, neither what is free nor what is lent."""
+        self._lent, self._free = [], []
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

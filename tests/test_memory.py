@@ -1,0 +1,44 @@
+"""Memory that is used again, and given back when it creeps up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanda.checkpoint.tensors import SpareMemory, read_header, write_file
+from wanda.memory import FreedMemory
+
+
+def test_freed_memory_is_given_back_when_it_has_grown_over_a_usual_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, trims = [1000, 1020, 1029, 1031, 900, 920, 928], []
+    resident = iter(sizes)
+
+    class Libc:
+        def malloc_trim(self, pad: int) -> None:
+            trims.append(len(sizes) - resident.__length_hint__())
+
+    monkeypatch.setattr("wanda.memory.resident_memory", lambda: next(resident))
+    monkeypatch.setattr("wanda.memory.ctypes.CDLL", lambda name: Libc())
+    freed = FreedMemory()
+    for _ in sizes:
+        freed.give_back()
+    assert [sizes[n - 1] for n in trims] == [1031, 928]  # 3% above the first round, then above the first after that
+
+
+def test_a_block_is_read_into_the_memory_of_the_one_before(tmp_path: Path) -> None:
+    one, two = torch.arange(12.0).reshape(3, 4), torch.arange(12.0, 24.0).reshape(3, 4)
+    other = torch.ones(5, dtype=torch.int32)
+    write_file(tmp_path / "t.safetensors", {"one": one, "two": two, "other": other}, {})
+    entries, _ = read_header(tmp_path / "t.safetensors")
+    memory = SpareMemory()
+    first, beside = entries["one"].read(memory), entries["other"].read(memory)
+    assert torch.equal(first, one) and torch.equal(entries["two"].read(memory), two)
+    assert torch.equal(first, one)  # what is lent is nobody else's
+    memory.take_back()
+    again = entries["two"].read(memory)
+    assert torch.equal(again, two) and again.data_ptr() == first.data_ptr()
+    assert torch.equal(beside, other)
+    memory.give_up()
+    assert entries["one"].read(memory).data_ptr() != first.data_ptr()
