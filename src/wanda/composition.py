@@ -20,7 +20,7 @@ from wanda.scores import SCORES
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES, Problem
 
-_PANEL = 1 << 18  # weights: what is made of so many on the way stays in the cache, in memory that is used again
+_PANEL = 1 << 19  # weights: what is made of so many on the way stays in the cache, in memory that is used again
 
 
 @dataclass(frozen=True)
