@@ -43,6 +43,7 @@ class Unstructured:
 
     @property
     def text(self) -> str:
+        """The pattern in words, for reports."""
         return f"{float(self.sparsity):g} per {f'{self.group} columns' if isinstance(self.group, int) else self.group}"
 
     @property
@@ -118,6 +119,7 @@ class NM:
 
     @property
     def sparsity(self) -> Fraction:
+        """Share of the weights that go."""
         return 1 - Fraction(self.n, self.m)
 
     @property

@@ -69,6 +69,7 @@ class Statistics:
 
     @property
     def gram(self) -> Tensor | None:
+        """X^T X, both triangles: [in, in]; None unless it is needed."""
         if self._gram is not None and not self._mirrored:
             for start in range(0, self.width, PANEL):
                 stop = min(start + PANEL, self.width)

@@ -38,6 +38,7 @@ class Matrix:
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         return self.out * self.width
 
 

@@ -104,10 +104,12 @@ class PackedMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the values."""
         return self.values.dtype
 
     @property
     def survivors(self) -> int:
+        """Number of values: the last offset."""
         return int(self.offsets.view(torch.int32)[self.out]) & 0xFFFFFFFF
 
     @property

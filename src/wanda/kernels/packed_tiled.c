@@ -1,7 +1,10 @@
 /* Many columns (prefill): bfloat16 matrix product with VDPBF16PS whose weights come out of the packed form on the way.
 
-   x is laid out once in panels of 16 tokens, pairs of inputs side by side ([panels, width / 2, 16] pairs). A task takes
-   ROWS rows: DEPTH inputs of them at a time are expanded into its own cache and multiplied with all panels there. */
+   A task takes ROWS rows of the matrix and some tokens. DEPTH inputs of its rows at a time are expanded into its own
+   cache in panels of 16 rows, pairs of inputs side by side ([panels, DEPTH / 2, 16] pairs): a vector holds a pair of
+   every row of a panel, and is multiplied with the same pair of a token, which is read where it lies. So neither the
+   tokens nor the result are copied, and what is laid out is used by all tokens of the task. */
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "packed_rows.h"
@@ -12,11 +15,11 @@
         "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,popcnt")))
 
 enum {
-    ROWS = 48,           /* of a task */
-    TILE = 6,            /* rows and */
-    PANELS = 4,          /* panels held in registers */
-    DEPTH = 1024,        /* inputs expanded at a time; a multiple of 64 */
-    STRIDE = DEPTH + 32, /* elements between expanded rows: not a power of two, or they fall into the same cache sets */
+    PANELS = 3, /* of 16 rows, and */
+    TILE = 8,   /* tokens are held in registers */
+    ROWS = 16 * PANELS,
+    DEPTH = 1024, /* inputs expanded at a time; a multiple of 64 */
+    TOKENS = 512, /* of a task at most: their sums stay in cache where the inputs take several turns */
 };
 
 /* rows[i] lane j becomes rows[j] lane i. */
@@ -48,176 +51,185 @@ TARGET INLINE void transpose(__m512i rows[16]) {
 
 typedef struct {
     const product *p;
-    uint16_t *x;           /* [panels, padded / 2, 16, 2] */
-    int64_t padded;        /* width, up to whole mask words */
-    int64_t panels;        /* of 16 columns */
-    int64_t blocks;        /* of ROWS rows */
-    int64_t block_panels;  /* panels of a task */
-    _Atomic int failed;
+    int64_t words;  /* 64-bit mask words in a row */
+    int64_t blocks; /* of ROWS rows */
+    int64_t tokens; /* of a task */
+    int64_t tasks;
+    _Atomic int64_t next;
 } tiled_work;
 
-TARGET static void lay_out_panels(void *context, int64_t first, int64_t last) {
-    const tiled_work *work = context;
-    const product *p = work->p;
-    for (int64_t panel = first; panel < last; panel++) {
-        uint16_t *to = work->x + panel * work->padded * 16;
-        for (int64_t start = 0; start < work->padded; start += 32, to += 512) {
-            const int64_t left = p->m.width - start;
-            const __mmask32 inside = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
-            __m512i rows[16];
+/* Lays out inputs [start, start + depth) of up to 16 rows, the missing ones zero: to [depth / 2, 16] pairs. at[i], where
+   the values of row i go on, moves on by those taken. */
+TARGET INLINE void lay_out_panel(const matrix *m, int64_t row, int64_t rows, int64_t words, int64_t start, int64_t depth,
+                                 int64_t *at, uint16_t *to) {
+    const uint16_t *values = m->values;
+    for (int64_t j = start; j < start + depth; j += 32, to += 512) {
+        __m512i lanes[16];
+        if (m->mask) {
+            const uint64_t *mask = m->mask + row * words + j / 64;
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
-                const int64_t column = panel * 16 + i;
-                rows[i] = column < p->columns
-                              ? _mm512_maskz_loadu_epi16(inside, (const uint16_t *)p->x + column * p->x_stride + start)
-                              : _mm512_setzero_si512();
-            }
-            transpose(rows);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, rows[i]);
-        }
-    }
-}
-
-/* sums[TILE, panels, 16] += w [TILE, STRIDE] times x over `depth` inputs; the panels of x lie x_step elements apart. */
-TARGET INLINE void tile(const uint16_t *w, const uint16_t *x, int64_t x_step, int64_t depth, float *sums,
-                        int64_t sums_step, const int panels) {
-    __m512 held[TILE][PANELS];
-#pragma GCC unroll 6
-    for (int r = 0; r < TILE; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < panels; c++) held[r][c] = _mm512_load_ps(sums + r * sums_step + 16 * c);
-    for (int64_t j = 0; j < depth; j += 2) {
-        __m512i columns[PANELS];
-#pragma GCC unroll 4
-        for (int c = 0; c < panels; c++) columns[c] = _mm512_load_si512(x + c * x_step + 16 * j);
-#pragma GCC unroll 6
-        for (int r = 0; r < TILE; r++) {
-            uint32_t pair;
-            memcpy(&pair, w + r * STRIDE + j, 4);
-            const __m512i both = _mm512_set1_epi32((int)pair);
-#pragma GCC unroll 4
-            for (int c = 0; c < panels; c++)
-                held[r][c] = _mm512_dpbf16_ps(held[r][c], (__m512bh)both, (__m512bh)columns[c]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < TILE; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < panels; c++) _mm512_store_ps(sums + r * sums_step + 16 * c, held[r][c]);
-}
-
-/* Expands or copies `depth` inputs of a row from input `start` on into w; *at moves on by the values taken. */
-TARGET INLINE void fetch(const matrix *m, int64_t row, int64_t words, int64_t start, int64_t depth, int64_t *at,
-                         uint16_t *w) {
-    const uint16_t *values = (const uint16_t *)m->values + *at;
-    if (!m->mask) {
-        for (int64_t j = 0; j < depth; j += 32) {
-            const int64_t left = m->width - start - j;
-            const __mmask32 inside = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
-            _mm512_storeu_si512(w + j, _mm512_maskz_loadu_epi16(inside, values + j));
-        }
-        *at += depth;
-        return;
-    }
-    const uint64_t *mask = m->mask + row * words + start / 64;
-    for (int64_t j = 0; j < depth; j += 64, mask++) {
-        const uint32_t low = (uint32_t)*mask, high = (uint32_t)(*mask >> 32);
-        const int count = __builtin_popcount(low);
-        _mm512_storeu_si512(w + j, _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(values)));
-        _mm512_storeu_si512(w + j + 32, _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(values + count)));
-        values += count + __builtin_popcount(high);
-    }
-    *at = values - (const uint16_t *)m->values;
-}
-
-/* sums [ROWS, panels, 16] to out [columns, rows] in bfloat16. */
-TARGET INLINE void store_block(const product *p, const float *sums, int64_t sums_step, int64_t row, int64_t rows,
-                               int64_t first_panel, int64_t panels) {
-    for (int64_t r = 0; r < rows; r += 16) {
-        const int64_t left = rows - r;
-        const __mmask16 inside = left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
-        __m512 bias = _mm512_setzero_ps();
-        if (p->bias) {
-            const __m256i bits = _mm256_maskz_loadu_epi16(inside, (const uint16_t *)p->bias + row + r);
-            bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-        }
-        for (int64_t panel = 0; panel < panels; panel++) {
-            __m512i square[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) square[i] = _mm512_load_si512(sums + (r + i) * sums_step + 16 * panel);
-            transpose(square);
-            const int64_t column = (first_panel + panel) * 16;
-            const int64_t count = p->columns - column < 16 ? p->columns - column : 16;
-            for (int64_t i = 0; i < count; i++) {
-                const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(square[i]), bias));
-                _mm256_mask_storeu_epi16((uint16_t *)p->out + (column + i) * p->out_stride + row + r, inside,
-                                         (__m256i)rounded);
-            }
-        }
-    }
-}
-
-TARGET static void run_tasks(void *context, int64_t first, int64_t last) {
-    tiled_work *work = context;
-    const product *p = work->p;
-    const int64_t words = work->padded / 64, sums_step = work->block_panels * 16;
-    float *sums = aligned_alloc(64, (size_t)(ROWS * sums_step) * 4);
-    uint16_t *w = aligned_alloc(64, ROWS * STRIDE * 2);
-    if (!sums || !w) {
-        work->failed = 1;
-        first = last;
-    }
-    for (int64_t task = first; task < last; task++) {
-        const int64_t row = task % work->blocks * ROWS, panel = task / work->blocks * work->block_panels;
-        const int64_t rows = p->m.rows - row < ROWS ? p->m.rows - row : ROWS;
-        const int64_t panels = work->panels - panel < work->block_panels ? work->panels - panel : work->block_panels;
-        int64_t at[ROWS];
-        for (int64_t r = 0; r < rows; r++) at[r] = p->m.mask ? p->m.offsets[row + r] : (row + r) * p->m.width;
-        memset(sums, 0, (size_t)(ROWS * sums_step) * 4);
-        if (rows < ROWS) memset(w, 0, ROWS * STRIDE * 2);
-        for (int64_t start = 0; start < work->padded; start += DEPTH) {
-            const int64_t depth = work->padded - start < DEPTH ? work->padded - start : DEPTH;
-            for (int64_t r = 0; r < rows; r++) fetch(&p->m, row + r, words, start, depth, &at[r], w + r * STRIDE);
-            for (int64_t c = 0; c < panels; c += PANELS) {
-                const uint16_t *x = work->x + (panel + c) * work->padded * 16 + start * 16;
-                const int64_t step = work->padded * 16;
-                for (int64_t r = 0; r < rows; r += TILE) {
-                    const uint16_t *from = w + r * STRIDE;
-                    float *to = sums + r * sums_step + 16 * c;
-                    switch (panels - c) {
-                        case 1: tile(from, x, step, depth, to, sums_step, 1); break;
-                        case 2: tile(from, x, step, depth, to, sums_step, 2); break;
-                        case 3: tile(from, x, step, depth, to, sums_step, 3); break;
-                        default: tile(from, x, step, depth, to, sums_step, 4); break;
-                    }
+                lanes[i] = _mm512_setzero_si512();
+                if (i < rows) {
+                    const uint32_t bits = (uint32_t)(mask[i * words] >> j % 64);
+                    lanes[i] = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values + at[i]));
+                    at[i] += __builtin_popcount(bits);
                 }
             }
+        } else {
+            const int64_t left = m->width - j;
+            const __mmask32 inside = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                lanes[i] = i < rows ? _mm512_maskz_loadu_epi16(inside, values + (row + i) * m->width + j)
+                                    : _mm512_setzero_si512();
         }
-        store_block(p, sums, sums_step, row, rows, panel, panels);
+        transpose(lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, lanes[i]);
     }
-    free(sums);
+}
+
+/* What a tile of tokens reads and writes. */
+typedef struct {
+    const uint16_t *w; /* [panels, DEPTH / 2, 16] pairs */
+    const uint16_t *x; /* [tokens, inputs], x_stride elements apart */
+    int64_t x_stride, inputs;
+    float *sums;  /* [tokens, ROWS]; read unless `first`, written unless `last` */
+    uint16_t *out; /* [tokens, rows], out_stride elements apart; written when `last` */
+    int64_t out_stride, rows;
+    const uint16_t *bias; /* [rows] or NULL */
+    int first, last;
+} tile_job;
+
+TARGET INLINE void tile(const tile_job *job, int64_t token, const int tokens, const int panels) {
+    __m512 held[TILE][PANELS];
+    float *sums = job->sums + token * ROWS;
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 3
+        for (int c = 0; c < panels; c++)
+            held[t][c] = job->first ? _mm512_setzero_ps() : _mm512_load_ps(sums + t * ROWS + 16 * c);
+    const uint16_t *w = job->w, *x = job->x + token * job->x_stride;
+    const int64_t stride = job->x_stride, whole = job->inputs / 2 * 2;
+    for (int64_t j = 0; j < whole; j += 2) {
+        __m512i rows[PANELS];
+#pragma GCC unroll 3
+        for (int c = 0; c < panels; c++) rows[c] = _mm512_load_si512(w + c * DEPTH * 16 + 16 * j);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            uint32_t pair;
+            memcpy(&pair, x + t * stride + j, 4);
+            const __m512i both = _mm512_set1_epi32((int)pair);
+#pragma GCC unroll 3
+            for (int c = 0; c < panels; c++)
+                held[t][c] = _mm512_dpbf16_ps(held[t][c], (__m512bh)both, (__m512bh)rows[c]);
+        }
+    }
+    if (whole < job->inputs) { /* the last input of an odd width has no neighbour */
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            const __m512i both = _mm512_set1_epi32(x[t * stride + whole]);
+#pragma GCC unroll 3
+            for (int c = 0; c < panels; c++) {
+                const __m512i rows = _mm512_load_si512(w + c * DEPTH * 16 + 16 * whole);
+                held[t][c] = _mm512_dpbf16_ps(held[t][c], (__m512bh)both, (__m512bh)rows);
+            }
+        }
+    }
+#pragma GCC unroll 3
+    for (int c = 0; c < panels; c++) {
+        const int64_t left = job->rows - 16 * c;
+        const __mmask16 inside = left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+        __m512 bias = _mm512_setzero_ps();
+        if (job->bias) {
+            const __m256i bits = _mm256_maskz_loadu_epi16(inside, job->bias + 16 * c);
+            bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            if (!job->last) {
+                _mm512_store_ps(sums + t * ROWS + 16 * c, held[t][c]);
+                continue;
+            }
+            const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(held[t][c], bias));
+            _mm256_mask_storeu_epi16(job->out + (token + t) * job->out_stride + 16 * c, inside, rounded);
+        }
+    }
+}
+
+TARGET INLINE void tiles(const tile_job *job, int64_t tokens, const int panels) {
+    int64_t token = 0;
+    for (; token + TILE <= tokens; token += TILE) tile(job, token, TILE, panels);
+    switch (tokens - token) {
+        case 1: tile(job, token, 1, panels); break;
+        case 2: tile(job, token, 2, panels); break;
+        case 3: tile(job, token, 3, panels); break;
+        case 4: tile(job, token, 4, panels); break;
+        case 5: tile(job, token, 5, panels); break;
+        case 6: tile(job, token, 6, panels); break;
+        case 7: tile(job, token, 7, panels); break;
+        default: break;
+    }
+}
+
+TARGET static void run_task(const tiled_work *work, int64_t task, uint16_t *w, float *sums) {
+    const product *p = work->p;
+    const matrix *m = &p->m;
+    const int64_t row = task % work->blocks * ROWS, token = task / work->blocks * work->tokens;
+    const int64_t rows = m->rows - row < ROWS ? m->rows - row : ROWS;
+    const int64_t tokens = p->columns - token < work->tokens ? p->columns - token : work->tokens;
+    const int panels = (int)((rows + 15) / 16);
+    int64_t at[ROWS];
+    for (int64_t r = 0; r < rows; r++) at[r] = m->mask ? m->offsets[row + r] : 0;
+    for (int64_t start = 0; start == 0 || start < m->width; start += DEPTH) {
+        const int64_t inputs = m->width - start < DEPTH ? m->width - start : DEPTH;
+        for (int c = 0; c < panels; c++)
+            lay_out_panel(m, row + 16 * c, rows - 16 * c, work->words, start, (inputs + 31) / 32 * 32, at + 16 * c,
+                          w + c * DEPTH * 16);
+        const tile_job job = {.w = w,
+                              .x = (const uint16_t *)p->x + token * p->x_stride + start,
+                              .x_stride = p->x_stride,
+                              .inputs = inputs,
+                              .sums = sums,
+                              .out = (uint16_t *)p->out + token * p->out_stride + row,
+                              .out_stride = p->out_stride,
+                              .rows = rows,
+                              .bias = p->bias ? (const uint16_t *)p->bias + row : NULL,
+                              .first = start == 0,
+                              .last = start + DEPTH >= m->width};
+        switch (panels) {
+            case 1: tiles(&job, tokens, 1); break;
+            case 2: tiles(&job, tokens, 2); break;
+            default: tiles(&job, tokens, 3); break;
+        }
+    }
+}
+
+/* One thread's share: tasks until there are none left, with one piece of memory for all of them. */
+static void run_tasks(void *context, int64_t first, int64_t last) {
+    tiled_work *work = context;
+    const size_t expanded = ROWS * DEPTH * 2;
+    const size_t held = work->p->m.width > DEPTH ? (size_t)(work->tokens * ROWS) * 4 : 0;
+    uint16_t *w = aligned_alloc(64, expanded + held);
+    (void)first, (void)last;
+    if (!w) return; /* tasks that no thread could take are seen by the caller */
+    for (int64_t task; (task = atomic_fetch_add(&work->next, 1)) < work->tasks;)
+        run_task(work, task, w, (float *)(w + expanded / 2));
     free(w);
 }
 
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool) {
-    tiled_work work = {.p = p,
-                       .padded = (p->m.width + 63) / 64 * 64,
-                       .panels = (p->columns + 15) / 16,
-                       .blocks = (p->m.rows + ROWS - 1) / ROWS};
+    tiled_work work = {.p = p, .words = (p->m.width + 63) / 64, .blocks = (p->m.rows + ROWS - 1) / ROWS};
     if (p->m.rows == 0 || p->columns == 0) return 0;
-    /* Enough tasks for all threads; a split along the columns costs another expansion of the weights. */
+    /* Enough tasks for all threads; a split of the tokens costs another expansion of the weights. */
     int64_t splits = work.blocks >= 2 * threads ? 1 : (2 * threads + work.blocks - 1) / work.blocks;
-    work.block_panels = (work.panels + splits - 1) / splits;
-    if (work.block_panels < PANELS) work.block_panels = PANELS;
-    if (work.block_panels > 64) work.block_panels = 64; /* so that the sums stay in cache */
-    splits = (work.panels + work.block_panels - 1) / work.block_panels;
-    work.x = aligned_alloc(64, (size_t)(work.panels * (work.padded + 1) * 32 + 63) / 64 * 64);
-    if (!work.x) return -1;
-    parallel_for(lay_out_panels, &work, work.panels, 1, threads, pool);
-    parallel_for(run_tasks, &work, work.blocks * splits, 1, threads, pool);
-    free(work.x);
-    return work.failed ? -1 : 0;
+    work.tokens = (p->columns + splits - 1) / splits;
+    work.tokens = (work.tokens + TILE - 1) / TILE * TILE;
+    if (work.tokens > TOKENS) work.tokens = TOKENS;
+    work.tasks = (p->columns + work.tokens - 1) / work.tokens * work.blocks;
+    parallel_for(run_tasks, &work, work.tasks < threads ? work.tasks : threads, 1, threads, pool);
+    return work.next < work.tasks ? -1 : 0;
 }
 #else
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool) {

@@ -28,6 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """The spread of these values."""
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, digits: int = 2) -> str:
