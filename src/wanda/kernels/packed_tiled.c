@@ -4,9 +4,6 @@
    cache in panels of 16 rows, pairs of inputs side by side ([panels, DEPTH / 2, 16] pairs): a vector holds a pair of
    every row of a panel, and is multiplied with the same pair of a token, which is read where it lies. So neither the
    tokens nor the result are copied, and what is laid out is used by all tokens of the task. */
-#include <stdatomic.h>
-#include <stdlib.h>
-
 #include "packed_rows.h"
 
 #ifdef WANDA_X86
@@ -54,8 +51,6 @@ typedef struct {
     int64_t words;  /* 64-bit mask words in a row */
     int64_t blocks; /* of ROWS rows */
     int64_t tokens; /* of a task */
-    int64_t tasks;
-    _Atomic int64_t next;
 } tiled_work;
 
 /* Lays out inputs [start, start + depth) of up to 16 rows, the missing ones zero: to [depth / 2, 16] pairs. at[i], where
@@ -206,17 +201,14 @@ TARGET static void run_task(const tiled_work *work, int64_t task, uint16_t *w, f
     }
 }
 
-/* One thread's share: tasks until there are none left, with one piece of memory for all of them. */
+/* What a thread works in; its own for good, since memory that is handed out anew costs a page fault every 4 KiB. */
+static _Thread_local struct {
+    _Alignas(64) uint16_t w[ROWS * DEPTH];
+    _Alignas(64) float sums[TOKENS * ROWS];
+} scratch;
+
 static void run_tasks(void *context, int64_t first, int64_t last) {
-    tiled_work *work = context;
-    const size_t expanded = ROWS * DEPTH * 2;
-    const size_t held = work->p->m.width > DEPTH ? (size_t)(work->tokens * ROWS) * 4 : 0;
-    uint16_t *w = aligned_alloc(64, expanded + held);
-    (void)first, (void)last;
-    if (!w) return; /* tasks that no thread could take are seen by the caller */
-    for (int64_t task; (task = atomic_fetch_add(&work->next, 1)) < work->tasks;)
-        run_task(work, task, w, (float *)(w + expanded / 2));
-    free(w);
+    for (int64_t task = first; task < last; task++) run_task(context, task, scratch.w, scratch.sums);
 }
 
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool) {
@@ -227,9 +219,9 @@ int matrix_product_tiled(const product *p, int threads, gomp_parallel pool) {
     work.tokens = (p->columns + splits - 1) / splits;
     work.tokens = (work.tokens + TILE - 1) / TILE * TILE;
     if (work.tokens > TOKENS) work.tokens = TOKENS;
-    work.tasks = (p->columns + work.tokens - 1) / work.tokens * work.blocks;
-    parallel_for(run_tasks, &work, work.tasks < threads ? work.tasks : threads, 1, threads, pool);
-    return work.next < work.tasks ? -1 : 0;
+    const int64_t tasks = (p->columns + work.tokens - 1) / work.tokens * work.blocks;
+    parallel_for(run_tasks, &work, tasks, 1, threads, pool);
+    return 0;
 }
 #else
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool) {
