@@ -146,6 +146,16 @@ def test_a_device_has_a_limit_of_its_own(source: Path, text: str, monkeypatch: p
         plan_of(source, text)
 
 
+def test_rows_judged_by_themselves_take_memory_for_a_panel_only(
+    source: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanda.composition._PANEL", 1)  # a row
+    rows, whole = plan_of(source, text), plan_of(source, text, group="layer")
+    matrices = [matrix for block in rows.matrices for matrix in block]
+    widest, largest = max(matrix.width for matrix in matrices), max(matrix.numel for matrix in matrices)
+    assert whole.memory - rows.memory == 14 * (largest - widest)
+
+
 def test_owl_counts_its_stream_and_every_estimate_the_token_ids(source: Path, text: str) -> None:
     assert plan_of(source, text, method="owl").memory - plan_of(source, text).memory == BETWEEN
     filed = []

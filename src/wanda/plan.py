@@ -602,7 +602,7 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
         keys = skeleton.block_keys(index)
         outside.difference_update(keys)
         stored, computed = map(max, (stored, computed), sizes(keys))
-        most = max((m.numel for m in plan.matrices[index]), default=0)
+        most = max((_at_once(plan, m) for m in plan.matrices[index]), default=0)
         width = max((max(m.out, m.width) for m in plan.matrices[index]), default=0)
         grams = 0
         if needs == Needs.GRAM:
@@ -621,6 +621,17 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
     if apart:
         return base + max(head, stored), max(head_computed, computed + working)
     return base + max(head + head_computed, stored + computed + working), 0
+
+
+def _at_once(plan: Plan, matrix: Matrix) -> int:
+    """Weights of a matrix that are pruned together: all of them, or a panel of rows."""
+    recipe = plan.recipe
+    assert recipe.update is not None and recipe.inherit is not None
+    if recipe.allocation != "uniform":  # whose matrices' counts are spread over the rows
+        return matrix.numel
+    pattern = pattern_of(recipe, exact(recipe.sparsity or 0))
+    panels = Composition(recipe.score, recipe.update, recipe.inherit).panels(pattern, matrix.out, matrix.width)
+    return (panels[0].stop - panels[0].start) * matrix.width
 
 
 def _hidden_size(plan: Plan) -> int:
