@@ -53,7 +53,7 @@ void mark_survivors(int kind, int64_t rows, int64_t width, const void *dense, ui
 void gather_survivors(const matrix *m, const void *dense, void *values, int threads, gomp_parallel pool);
 
 /* out [columns, rows] for any number of columns, x and out bfloat16: tiles are expanded into cache and multiplied
-   there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 when memory is short. */
+   there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 where it is not compiled. */
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
 
 #endif
