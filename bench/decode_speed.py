@@ -1,10 +1,11 @@
-"""Decoding, prefill, loading and size of packed models against dense bfloat16 ones, beside a roofline.
+"""Decoding, prefill, loading and size of packed bfloat16 models against dense ones, beside a roofline.
 
     python bench/decode_speed.py --out bench/results/decode_speed.json
 
 Everything is measured in alternating runs on the machine at hand. The linear layers are also timed alone, against torch
 and against a dense kernel of ours that is written like the packed one, so that the gain is sparsity and not torch's
-weakness. The roofline: bytes each format must read, over the read bandwidth measured in the same run.
+weakness (where there is one, on AVX-512 BF16). Both compute in bfloat16, or in float32 on a CPU that does not multiply
+bfloat16 itself. The roofline: bytes each format must read, over the read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from wanda.checkpoint.packed import pack
 from wanda.checkpoint.source import weight_files
 from wanda.checkpoint.tensors import read_header, write_file
 from wanda.kernels.native import LEVELS, level
-from wanda.kernels.packed import dense_multiply
+from wanda.kernels.packed import dense_multiply, tiled
 from wanda.runtime.layers import PackedLinear
-from wanda.runtime.loading import load
+from wanda.runtime.loading import computed_dtype, load
 from wanda.runtime.measure import (
     Spread,
     alternate,
@@ -124,15 +125,15 @@ def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int) -> dict[str
                     run(weight, layer, x)
             return time.perf_counter() - start
 
-        taken = alternate(
-            {
-                "torch": partial(timed, lambda weight, layer, x: functional.linear(x, weight)),
-                "dense_kernel": partial(timed, lambda weight, layer, x: dense_multiply(weight, x)),
-                "packed_kernel": partial(timed, lambda weight, layer, x: layer.matrix.multiply(x)),
-                "read": lambda: READ / read_bandwidth(READ, 1),
-            },
-            rounds,
-        )
+        actions = {
+            "torch": partial(timed, lambda weight, layer, x: functional.linear(x, weight)),
+            "dense_kernel": partial(timed, lambda weight, layer, x: dense_multiply(weight, x)),
+            "packed_kernel": partial(timed, lambda weight, layer, x: layer.matrix.multiply(x)),
+            "read": lambda: READ / read_bandwidth(READ, 1),
+        }
+        if not tiled(entries[0][0].dtype):
+            del actions["dense_kernel"]
+        taken = alternate(actions, rounds)
         reading = taken.pop("read")
         read = {
             "dense": sum(weight.nbytes for weight, _, _ in entries),
@@ -144,14 +145,16 @@ def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int) -> dict[str
             "layers": len(entries),
             "seconds": {name: asdict(Spread.of(seconds)) for name, seconds in taken.items()},
             "times_torch": asdict(ratios(taken["torch"], taken["packed_kernel"])),
-            "times_dense_kernel": asdict(ratios(taken["dense_kernel"], taken["packed_kernel"])),
             "bytes": read,
             "read_bandwidth_bytes_per_second": asdict(Spread.of([READ / seconds for seconds in reading])),
             "share_of_bandwidth": {
-                f"{name}_kernel": asdict(ratios(seconds, taken[f"{name}_kernel"]))
-                for name, seconds in at_bandwidth.items()
+                name: asdict(ratios(at_bandwidth[name.removesuffix("_kernel")], taken[name]))
+                for name in ("dense_kernel", "packed_kernel")
+                if name in taken
             },
         }
+        if "dense_kernel" in taken:
+            found[group]["times_dense_kernel"] = asdict(ratios(taken["dense_kernel"], taken["packed_kernel"]))
     return found
 
 
@@ -164,7 +167,7 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure_loading(dense: Path, packed: Path, times: int) -> dict[str, Any]:
+def measure_loading(dense: Path, packed: Path, times: int, dtype: str) -> dict[str, Any]:
     """Seconds until every byte of the weights was read, in new processes, alternating; and resident bytes."""
     found: dict[str, Any] = {}
     for cache in ("warm", "cold"):
@@ -173,7 +176,7 @@ def measure_loading(dense: Path, packed: Path, times: int) -> dict[str, Any]:
             for name, folder in (("dense", dense), ("packed", packed)):
                 if cache == "cold":
                     forget(folder)
-                runs[name].append(fresh(folder, packed=name == "packed"))
+                runs[name].append(fresh(folder, packed=name == "packed", dtype=dtype))
         found[cache] = {
             name: {
                 "load_returned": asdict(Spread.of([run.opened for run in values[1:]])),
@@ -195,8 +198,10 @@ def measure_model(dense_folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "folder_ratio": folder_bytes(packed_folder) / folder_bytes(dense_folder),
     }
     log("loading")
-    result["loading"] = measure_loading(dense_folder, packed_folder, config["loads"])
-    dense = transformers.AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.bfloat16).eval()
+    computed = computed_dtype(packed_folder)
+    result["dtype"] = str(computed).removeprefix("torch.")
+    result["loading"] = measure_loading(dense_folder, packed_folder, config["loads"], result["dtype"])
+    dense = transformers.AutoModelForCausalLM.from_pretrained(dense_folder, dtype=computed).eval()
     for parameter in dense.parameters():
         parameter.data = parameter.data.clone()  # in memory of its own, as after any training or conversion
     models = {"dense": dense, "packed": load(packed_folder)}

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/layer_choice.py --out bench/results/layer_choice.json
 
+Packed values are stored in one type and multiplied in another one or the same; torch's dense matrix is in the second.
 Every kernel path runs in a process of its own (WANDA_KERNELS), against torch as it is ("own") and against torch held to
 the instructions of that path ("same"), which is what a machine without the others has. "beyond" goes from one copy of
 the matrix to the next, so that none lies in a cache, as when a whole model decodes; "cached" takes the same one again.
@@ -19,6 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wanda.kernels.native import LEVELS, native
+
+TYPES = (  # stored, computed in
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "float32"),
+    ("bfloat16", "float32"),
+    ("float16", "float32"),
+)
 SHAPES = ((576, 576), (1536, 576), (2048, 5632))
 BEYOND = 160 << 20  # bytes of copies that are gone through
 HELD = {  # environment that holds torch's libraries to a path's instructions
@@ -38,12 +48,14 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     from wanda.runtime.measure import Spread, alternate, ratios
 
     rows = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for stored, computed in TYPES:
+        dtype: torch.dtype = getattr(torch, computed)
         for sparsity in (0.5, 0.7):
             for out, width in SHAPES:
                 torch.manual_seed(0)
-                dense = torch.where(torch.rand(out, width) < sparsity, 0, torch.randn(out, width)).to(dtype)
-                packed = PackedMatrix.pack(dense)
+                weight = torch.where(torch.rand(out, width) < sparsity, 0, torch.randn(out, width))
+                packed = PackedMatrix.pack(weight.to(getattr(torch, stored)))
+                dense = packed.dense().to(dtype)
                 copies = max(1, BEYOND // dense.nbytes)
                 denses = [dense.clone() for _ in range(copies)]
                 packs = [
@@ -76,7 +88,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                     ratio = ratios(taken["torch"], taken["packed"])
                     rows.append(
                         {
-                            "dtype": str(dtype).removeprefix("torch."),
+                            "dtype": stored,
+                            "computed": computed,
                             "sparsity": sparsity,
                             "shape": [out, width],
                             "tokens": tokens,
@@ -92,14 +105,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--paths", nargs="*", default=[*HELD])
+    parser.add_argument("--paths", nargs="*", help="kernel paths; all that this machine has")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.rounds)))
         return
+    module = native()
+    if module is None:
+        parser.error("the C kernels are not compiled here")
     rows = []
-    for path in arguments.paths:
+    for path in arguments.paths or LEVELS[: module.best_level() + 1]:
         for torch_is, held in (("own", {}), ("same", HELD[path])) if HELD[path] else (("own", {}),):
             command = [sys.executable, __file__, "--measure", "--rounds", str(arguments.rounds)]
             environment = {**os.environ, **held, "WANDA_KERNELS": path}

@@ -126,8 +126,8 @@ def test_packed_models_are_measured_packed(
     found = json.loads(out.splitlines()[-1])["results"][0]["perplexity"]["perplexity"]
     expected = perplexity(folder, text, seqlen=32, windows=3, dtype="float32").perplexity
     assert code == 0 and found == pytest.approx(expected, rel=0.01)
-    code, _, err = run(capsys, str(tmp_path / "packed"), "--dtype", "float32")
-    assert code == 2 and "packed: it runs on the CPU in its own type" in err
+    code, _, err = run(capsys, str(tmp_path / "packed"), "--dtype", "float16", "--device", "meta")
+    assert code == 2 and "packed: it runs on the CPU" in err and "cannot be computed in float16" in err
 
 
 def test_streamed_perplexity_is_the_model_in_memorys(

@@ -16,16 +16,18 @@ from wanda.kernels.packed import PackedMatrix
 from wanda.runtime import choice
 from wanda.runtime.choice import CACHE, gains, without_gain
 
-MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "layer_choice.json").read_text())
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+MEASURED = [row for file in sorted(RESULTS.glob("layer_choice*.json")) for row in json.loads(file.read_text())]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NOISE = 0.9  # of the same time; no more than what rounds differ by
 
 
 def predicted(row: dict[str, object]) -> bool:
-    dtype = getattr(torch, str(row["dtype"]))
-    nbytes = math.prod(row["shape"]) * dtype.itemsize  # type: ignore[call-overload]
+    stored = getattr(torch, str(row["dtype"]))
+    computed = getattr(torch, str(row.get("computed", row["dtype"])))
+    nbytes = math.prod(row["shape"]) * computed.itemsize  # type: ignore[call-overload]
     together = nbytes if row["where"] == "cached" else 2 * CACHE
-    return gains(str(row["path"]), dtype, nbytes, 1 - float(str(row["sparsity"])), together)
+    return gains(str(row["path"]), stored, computed, nbytes, 1 - float(str(row["sparsity"])), together)
 
 
 def test_what_stays_packed_was_measured_to_gain() -> None:
@@ -38,26 +40,31 @@ def test_what_stays_packed_was_measured_to_gain() -> None:
 @given(
     st.sampled_from(LEVELS),
     st.sampled_from(DTYPES),
+    st.booleans(),
     st.integers(1, 1 << 30),
     st.floats(0, 1),
     st.integers(1, 1 << 34),
     st.floats(0, 1),
 )
 def test_more_zeros_and_a_larger_model_never_speak_against_packing(
-    path: str, dtype: torch.dtype, nbytes: int, density: float, together: int, less: float
+    path: str, dtype: torch.dtype, wide: bool, nbytes: int, density: float, together: int, less: float
 ) -> None:
-    if gains(path, dtype, nbytes, density, together):
-        assert gains(path, dtype, nbytes, density * less, together)
-        assert gains(path, dtype, nbytes, density, together + CACHE)
-    assert not gains("portable", dtype, nbytes, density, together)
-    assert gains("avx512_bf16", torch.bfloat16, nbytes, density, together)
+    types = dtype, torch.float32 if wide else dtype
+    if gains(path, *types, nbytes, density, together):
+        assert gains(path, *types, nbytes, density * less, together)
+        assert gains(path, *types, nbytes, density, together + CACHE)
+    assert not gains("portable", *types, nbytes, density, together)
+    assert gains("avx512_bf16", torch.bfloat16, torch.bfloat16, nbytes, density, together)
 
 
 @pytest.mark.parametrize("path", LEVELS)
 def test_the_rule_is_asked_of_each_matrix(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    def asked(where: str, dtype: torch.dtype, nbytes: int, density: float, together: int) -> bool:
-        assert (where, together) == (path, 8 * 100 * 2 + 4 * 64 * 4)
-        return (dtype, nbytes, density) == (torch.float32, 4 * 64 * 4, 0.25)
+    def asked(where: str, *types_and_sizes: object) -> bool:
+        assert where == path
+        return types_and_sizes in (
+            (torch.float32, torch.float32, 4 * 64 * 4, 0.25, 8 * 100 * 2 + 4 * 64 * 4),
+            (torch.bfloat16, torch.float32, 8 * 100 * 4, 0.5, 8 * 100 * 4 + 4 * 64 * 4),
+        )
 
     half, float32 = torch.zeros(8, 100), torch.zeros(4, 64)
     half[:, ::2] = 1
@@ -66,3 +73,4 @@ def test_the_rule_is_asked_of_each_matrix(monkeypatch: pytest.MonkeyPatch, path:
     monkeypatch.setattr(choice, "level", lambda: LEVELS.index(path))
     monkeypatch.setattr(choice, "gains", asked)
     assert without_gain(matrices) == {"a"}
+    assert without_gain(matrices, torch.float32) == {"b"}

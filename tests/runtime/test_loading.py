@@ -36,6 +36,12 @@ from wanda.runtime.semi_structured import sparse_layers
 kernels_missing = pytest.mark.skipif(loading.native() is None, reason="the C kernels are not compiled here")
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that models compute in the type they are stored in, on every machine."""
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: True)
+
+
 def prune_blocks(model: PreTrainedModel, sparsity: float = 0.6) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -93,10 +99,37 @@ def test_logits_and_generated_text(pair: tuple[Path, Path]) -> None:
 
 
 @kernels_missing
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_cpu_without_bfloat16_computes_in_float32(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+) -> None:
+    """With packed values of bfloat16: the logits are those of the dense model in float32, not of one in bfloat16."""
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
+    packed = wanda.load(pair[1], prefer="memory", dtype=dtype)
+    assert ("computes in float32" in capsys.readouterr().err) == (dtype == "auto")
+    assert packed.dtype == torch.float32
+    layers = [module for module in packed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 4 * 7
+    assert all(layer.matrix.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32 for layer in layers)
+    dense = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32).eval()
+    for tokens in (1, 9, 60):
+        ids = torch.randint(300, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    packed.save_pretrained(tmp_path / "again")
+    before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@kernels_missing
 def test_layers_that_gain_nothing_are_ordinary_and_that_is_said_once(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loading, "without_gain", lambda matrices: {key for key in matrices if "mlp" in key})
+    monkeypatch.setattr(loading, "without_gain", lambda matrices, dtype: {key for key in matrices if "mlp" in key})
     packed, dense = wanda.load(pair[1]), dense_model(pair[0])
     said = capsys.readouterr().err
     assert said.count("12 of 28 packed matrices are loaded dense") == 1 and "prefer memory" in said
@@ -214,13 +247,19 @@ def test_a_matrix_of_another_width_is_refused_by_name(pair: tuple[Path, Path], t
         wanda.load(folder)
 
 
-def test_what_load_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_load_refuses(tiny: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="no packed checkpoint"):
         wanda.load(tiny)
     with pytest.raises(ConfigurationError, match=r"(?s)did you mean semi_structured.*did you mean memory"):
         wanda.load(tiny, backend="semi-structured", prefer="memroy")
-    with pytest.raises(ConfigurationError, match="would change nothing"):
-        wanda.load(tiny, backend="semi_structured", prefer="memory")
+    with pytest.raises(
+        ConfigurationError, match=r'(?s)prefer="memory" would change nothing.*float32.* would change no'
+    ):
+        wanda.load(tiny, backend="semi_structured", prefer="memory", dtype="float32")
+    with pytest.raises(ConfigurationError, match=r"unknown dtype.*did you mean float32"):
+        wanda.load(pair[1], dtype="flot32")
+    with pytest.raises(ConfigurationError, match="holds bfloat16 values, which cannot be computed in float16"):
+        wanda.load(pair[1], dtype="float16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="NVIDIA"):
         wanda.load(tiny, backend="semi_structured")

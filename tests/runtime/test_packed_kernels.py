@@ -52,27 +52,29 @@ def assert_product(found: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None
     size = x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    bound = HALF_ULP[weight.dtype] * exact.abs() + 2**-20 * size + 2**-24
-    assert found.dtype == weight.dtype
+    bound = HALF_ULP[x.dtype] * exact.abs() + 2**-20 * size + 2**-24
+    assert found.dtype == x.dtype
     assert ((found.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 576, 1100])
 def test_products_of_all_widths_and_columns(path: str, dtype: torch.dtype, width: int) -> None:
+    """In the matrix's own type and, whatever that is, in float32."""
     for out, share in ((1, 1.0), (50, 0.5), (13, 0.1), (7, 0.0)):
         weight = sparse(out, width, share, dtype)
         if out > 2:
             weight[2] = 0  # an empty row among others
         packed = PackedMatrix.pack(weight)
         assert packed.fault() is None
-        bias = torch.randn(out).to(dtype)
-        for columns in (1, 2, 3, 5, 7, 12, 16, 50):
-            x = torch.randn(columns, width).to(dtype)
-            assert_product(packed.multiply(x), weight, x, None)
-            assert_product(packed.multiply(x, bias), weight, x, bias)
-            if path == "avx512_bf16" and dtype == torch.bfloat16:
-                assert_product(dense_multiply(weight, x, bias), weight, x, bias)
+        for computed in {dtype, torch.float32}:
+            bias = torch.randn(out).to(computed)
+            for columns in (1, 2, 3, 5, 7, 12, 16, 50):
+                x = torch.randn(columns, width).to(computed)
+                assert_product(packed.multiply(x), weight, x, None)
+                assert_product(packed.multiply(x, bias), weight, x, bias)
+                if path == "avx512_bf16" and dtype == computed == torch.bfloat16:
+                    assert_product(dense_multiply(weight, x, bias), weight, x, bias)
 
 
 def test_shapes_without_elements(path: str) -> None:
@@ -112,6 +114,9 @@ def test_packing_keeps_every_bit(dtype: torch.dtype, out: int, width: int, perce
             assert packed.survivors == int((words != 0).sum())
             assert torch.equal(packed.dense().view(torch.uint8), weight.contiguous().view(torch.uint8))
             assert torch.equal(packed.dense(1, out).view(torch.uint8), weight[1:].contiguous().view(torch.uint8))
+            torch.testing.assert_close(
+                packed.dense(dtype=torch.float32), weight.float(), rtol=0, atol=0, equal_nan=True
+            )
 
 
 def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +162,23 @@ def test_structure_that_lies_is_found(path: str) -> None:
 
 def test_what_a_kernel_cannot_take_is_refused() -> None:
     packed = PackedMatrix.pack(sparse(8, 64, 0.5, torch.bfloat16))
-    for x in (torch.zeros(1, 64), torch.zeros(1, 63).bfloat16(), torch.zeros(1, 64, device="meta").bfloat16()):
+    for x in (torch.zeros(1, 64).half(), torch.zeros(1, 63).bfloat16(), torch.zeros(1, 64, device="meta").bfloat16()):
         with pytest.raises(RunError, match="cannot take"):
             packed.multiply(x)
-    with pytest.raises(RunError, match="bias"):
-        packed.multiply(torch.zeros(1, 64).bfloat16(), torch.zeros(8))
+    for computed, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        with pytest.raises(RunError, match="bias"):
+            packed.multiply(torch.zeros(1, 64, dtype=computed), torch.zeros(8, dtype=other))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_dense_kernel_is_refused_where_there_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(name, monkeypatch)
+    weight, x = torch.ones(8, 64), torch.ones(1, 64)
+    with pytest.raises(RunError, match="no dense kernel"):
+        dense_multiply(weight, x)
+    if name != "avx512_bf16":
+        with pytest.raises(RunError, match="no dense kernel"):
+            dense_multiply(weight.bfloat16(), x.bfloat16())
 
 
 def test_columns_that_are_not_contiguous() -> None:

@@ -90,6 +90,15 @@ def is_packed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def stored_dtypes(folder: Path) -> set[torch.dtype]:
+    """The types of a packed folder's matrices, as its manifest has them; nothing else is read.
+
+    Raises ConfigurationError and RunError as `open_packed` does for the manifest.
+    """
+    named = (item.get("dtype") for item in _read_manifest(folder)["matrices"].values() if isinstance(item, dict))
+    return {DTYPES[name] for name in named if isinstance(name, str) and name in DTYPES}
+
+
 def pack(
     model: str,
     out: Path,

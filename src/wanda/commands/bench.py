@@ -35,6 +35,8 @@ class Options:
     """Threads; what torch takes when nothing is said."""
     prefer: Literal["speed", "memory"] = "speed"
     """speed: layers that decode no faster packed on this machine are loaded dense; memory: all stay packed."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What both compute in: the packed model's type, or float32, which auto takes on a CPU without bfloat16."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the models."""
     json: bool = False
@@ -42,7 +44,7 @@ class Options:
 
 
 def bench_command(packed: Path, *, against: str, options: Options | None = None) -> None:
-    """Decoding and prefill of a packed model and of a dense one (torch, bfloat16), memory and file sizes.
+    """Decoding and prefill of a packed model and of a dense one (torch, in the same type), memory and file sizes.
 
     Parameters
     ----------
@@ -94,7 +96,7 @@ def measure(packed: Path, folder: Path, options: Options) -> dict[str, Any]:
     from transformers.utils import logging
 
     from wanda.checkpoint.source import load_model
-    from wanda.runtime.loading import load
+    from wanda.runtime.loading import computed_dtype, load
     from wanda.runtime.measure import (
         Spread,
         alternate,
@@ -109,15 +111,16 @@ def measure(packed: Path, folder: Path, options: Options) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     trust = options.trust_remote_code
+    dtype = str(computed_dtype(packed, options.dtype) or "auto").removeprefix("torch.")
     alone: dict[str, Fresh] = {
-        "dense": fresh(folder, packed=False, trust_remote_code=trust),
-        "packed": fresh(packed, packed=True, prefer=options.prefer, trust_remote_code=trust),
+        "dense": fresh(folder, packed=False, trust_remote_code=trust, dtype=dtype),
+        "packed": fresh(packed, packed=True, prefer=options.prefer, trust_remote_code=trust, dtype=dtype),
     }
     models: dict[str, Any] = {
-        "dense": load_model(folder, "bfloat16", "cpu", trust),
-        "packed": load(packed, prefer=options.prefer, trust_remote_code=trust),
+        "dense": load_model(folder, dtype, "cpu", trust),
+        "packed": load(packed, prefer=options.prefer, trust_remote_code=trust, dtype=dtype),
     }
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), "options": asdict(options)}
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "dtype": dtype, "options": asdict(options)}
     for what, run in (
         ("decode", lambda model: decode_seconds(model, options.prompt, options.tokens)),
         ("prefill", lambda model: prefill_seconds(model, options.prefill)),
@@ -141,7 +144,8 @@ def show(result: dict[str, Any]) -> None:
 
     from wanda.runtime.measure import Spread
 
-    table = Table(title=f"{result['threads']} threads, median (lowest-highest)", title_justify="left")
+    title = f"{result['threads']} threads, {result['dtype']}, median (lowest-highest)"
+    table = Table(title=title, title_justify="left")
     for name in ("", "dense", "packed", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     for what, label in (

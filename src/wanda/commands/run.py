@@ -27,6 +27,8 @@ class Options:
     """Continue the prompt as it stands, even when the tokenizer has a chat template."""
     prefer: Literal["speed", "memory"] = "speed"
     """speed: layers that decode no faster packed on this machine are loaded dense; memory: all stay packed."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What to compute in: the type that is stored, or float32, which auto takes on a CPU without bfloat16."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the model."""
 
@@ -58,7 +60,7 @@ def run_command(packed: Path, prompt: str, *, options: Options | None = None) ->
     from wanda.runtime.loading import load
 
     start = time.perf_counter()
-    model = load(packed, prefer=options.prefer, trust_remote_code=options.trust_remote_code)
+    model = load(packed, prefer=options.prefer, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     tokenizer = load_tokenizer(packed, options.trust_remote_code)
     print(f"loaded in {time.perf_counter() - start:.2f} s", file=sys.stderr)
     if tokenizer.chat_template and not options.raw:

@@ -11,12 +11,20 @@ from wanda.errors import ConfigurationError
 
 
 def check(folder: Path, dtype: str = "auto", device: str = "auto") -> None:
-    """Refuse, with a ConfigurationError, a packed folder in another type or place than its own."""
-    if is_packed(folder) and (dtype != "auto" or device not in ("auto", "cpu")):
-        raise ConfigurationError(
-            f"{folder} is packed: it runs on the CPU in its own type; leave --dtype and --device away, or unpack it "
-            "first: wanda unpack"
-        )
+    """Refuse, with a ConfigurationError, a packed folder in a type or place that it cannot run in."""
+    if not is_packed(folder):
+        return
+    from wanda.runtime.loading import computed_dtype
+
+    faults = []
+    if device not in ("auto", "cpu"):
+        faults.append(f"{folder} is packed: it runs on the CPU; leave --device away, or unpack it first: wanda unpack")
+    try:
+        computed_dtype(folder, dtype)
+    except ConfigurationError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigurationError(faults)
 
 
 def load(folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Any:
@@ -29,4 +37,4 @@ def load(folder: Path, dtype: str = "auto", device: str = "auto", trust_remote_c
         return load_model(folder, dtype, device, trust_remote_code)
     from wanda.runtime.loading import load as load_packed
 
-    return load_packed(folder, trust_remote_code=trust_remote_code)
+    return load_packed(folder, trust_remote_code=trust_remote_code, dtype=dtype)

@@ -9,6 +9,7 @@ int best_level(void) {
 #ifdef WANDA_X86
     __builtin_cpu_init();
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -26,7 +27,7 @@ static int64_t rows_per_chunk(int64_t rows, int64_t bytes_per_row, int threads) 
     return share > enough ? share : enough;
 }
 
-static void lay_out(const product *p, void *to, int lane, int columns, int as_float) {
+static void lay_out(const product *p, void *to, int lane, int columns, int as_float, int split) {
     const int64_t padded = (p->m.width + 63) / 64 * 64;
     const size_t size = as_float ? 4 : 2;
     memset(to, 0, (size_t)(padded * columns) * size);
@@ -34,9 +35,11 @@ static void lay_out(const product *p, void *to, int lane, int columns, int as_fl
         for (int64_t start = 0; start < p->m.width; start += lane) {
             const int64_t count = p->m.width - start < lane ? p->m.width - start : lane;
             const int64_t from = c * p->x_stride + start, place = start * columns + c * lane;
-            if (as_float) {
+            if (split) {
                 for (int64_t j = 0; j < count; j++)
-                    ((float *)to)[place + j] = load_value(p->m.kind, p->x, from + j);
+                    ((float *)to)[place + j / 2 + j % 2 * (lane / 2)] = load_value(p->kind, p->x, from + j);
+            } else if (as_float) {
+                for (int64_t j = 0; j < count; j++) ((float *)to)[place + j] = load_value(p->kind, p->x, from + j);
             } else {
                 memcpy((uint16_t *)to + place, (const uint16_t *)p->x + from, (size_t)count * 2);
             }
@@ -56,13 +59,14 @@ static void run_rows(void *context, int64_t first, int64_t last) {
 
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool) {
     const matrix *m = &p->m;
-    if (level == LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->columns > FEW_COLUMNS)
+    const int in_bf16 = level == LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->kind == KIND_BF16;
+    if (in_bf16 && p->columns > FEW_COLUMNS)
         return matrix_product_tiled(p, threads, pool);
     rows_work work = {.job = {.p = p, .words = (m->width + 63) / 64, .stored = (int)p->columns}};
-    int lane = 1, as_float = 1;
+    int lane = 1, as_float = 1, split = 0;
     work.kernel = portable_rows;
 #ifdef WANDA_X86
-    if (level == LEVEL_AVX512_BF16 && m->kind == KIND_BF16) {
+    if (in_bf16) {
         work.kernel = avx512_bf16_rows;
         lane = 32;
         as_float = 0;
@@ -72,6 +76,7 @@ int matrix_product(const product *p, int level, int threads, gomp_parallel pool)
     } else if (level == LEVEL_AVX2) {
         work.kernel = avx2_rows;
         lane = 8;
+        split = m->kind == KIND_BF16;
     }
 #else
     (void)level;
@@ -80,13 +85,13 @@ int matrix_product(const product *p, int level, int threads, gomp_parallel pool)
     while (*size < p->columns) size++;
     work.job.columns = *size;
     void *copy = NULL;
-    const int in_place = p->columns == 1 && m->width % 64 == 0 && (m->kind == KIND_F32 || !as_float);
+    const int in_place = p->columns == 1 && m->width % 64 == 0 && !split && (p->kind == KIND_F32 || !as_float);
     if (in_place) {
         work.job.x = p->x;
     } else {
         copy = malloc((size_t)(work.job.words * 64 * work.job.columns) * 4 + 1);
         if (!copy) return -1;
-        lay_out(p, copy, lane, work.job.columns, as_float);
+        lay_out(p, copy, lane, work.job.columns, as_float, split);
         work.job.x = copy;
     }
     parallel_for(run_rows, &work, m->rows, rows_per_chunk(m->rows, m->width, threads), threads, pool);
@@ -96,23 +101,28 @@ int matrix_product(const product *p, int level, int threads, gomp_parallel pool)
 
 typedef struct {
     const matrix *m;
+    int kind;
     char *out;
     int64_t first, row_bytes;
-    void (*kernel)(const matrix *, int64_t, void *);
+    expand_kernel kernel;
 } expand_work;
 
 static void run_expand(void *context, int64_t first, int64_t last) {
     const expand_work *work = context;
-    for (int64_t i = first; i < last; i++) work->kernel(work->m, work->first + i, work->out + i * work->row_bytes);
+    for (int64_t i = first; i < last; i++)
+        work->kernel(work->m, work->first + i, work->kind, work->out + i * work->row_bytes);
 }
 
-void expand_rows(const matrix *m, int64_t first, int64_t last, void *out, int level, int threads, gomp_parallel pool) {
-    expand_work work = {m, out, first, m->width * (m->kind == KIND_F32 ? 4 : 2), portable_expand};
+void expand_rows(const matrix *m, int64_t first, int64_t last, int kind, void *out, int level, int threads,
+                 gomp_parallel pool) {
+    expand_work work = {m, kind, out, first, m->width * (kind == KIND_F32 ? 4 : 2), portable_expand};
 #ifdef WANDA_X86
-    if (level == LEVEL_AVX512_BF16 && m->kind != KIND_F32)
+    if (level == LEVEL_AVX512_BF16 && kind != KIND_F32)
         work.kernel = avx512_bf16_expand;
     else if (level >= LEVEL_AVX512)
         work.kernel = avx512_expand;
+    else if (level == LEVEL_AVX2)
+        work.kernel = avx2_expand;
 #else
     (void)level;
 #endif

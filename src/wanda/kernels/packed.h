@@ -22,9 +22,10 @@ typedef struct {
 } matrix;
 
 /* out[c, r] = sum over j of matrix[r, j] x[c, j], plus bias[r], accumulated in float32.
-   x, out and bias have the matrix's kind; strides are in elements. */
+   x, out and bias have one kind: the matrix's, or KIND_F32; strides are in elements. */
 typedef struct {
     matrix m;
+    int kind;
     const void *x;
     int64_t x_stride, columns;
     void *out;
@@ -38,8 +39,9 @@ int best_level(void); /* of this processor and operating system */
    only there. */
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool);
 
-/* Writes rows [first, last) as dense [last - first, width] elements. */
-void expand_rows(const matrix *m, int64_t first, int64_t last, void *out, int level, int threads, gomp_parallel pool);
+/* Writes rows [first, last) as dense [last - first, width] elements of a kind: the matrix's, or KIND_F32. */
+void expand_rows(const matrix *m, int64_t first, int64_t last, int kind, void *out, int level, int threads,
+                 gomp_parallel pool);
 
 /* The first row whose offsets, mask bits and column bound do not fit together, or -1 when all do and no kernel can
    read beyond `capacity` values. */

@@ -147,15 +147,17 @@ class PackedMatrix:
         bad |= bits[:, self.width :].any(axis=1)
         return int(bad.argmax()) if bad.any() else -1
 
-    def dense(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) as a dense [rows, width] tensor, bit for bit."""
+    def dense(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [first, last) as a dense [rows, width] tensor: bit for bit, or with dtype float32 as float32."""
         last = self.out if last is None else last
-        dense = torch.empty(last - first, self.width, dtype=self.dtype)
+        dtype = dtype or self.dtype
         module = native()
         if module is not None:
-            threads = torch.get_num_threads()
-            module.packed_expand(*self._description, level(), threads, pool(), first, last, dense.data_ptr())
+            dense = torch.empty(last - first, self.width, dtype=dtype)
+            parts = (first, last, KINDS[dtype], dense.data_ptr())
+            module.packed_expand(*self._description, level(), torch.get_num_threads(), pool(), *parts)
             return dense
+        dense = torch.empty(last - first, self.width, dtype=self.dtype)
         mask = self.mask.numpy()[first * words(self.width) : last * words(self.width)].reshape(
             last - first, words(self.width)
         )
@@ -163,7 +165,7 @@ class PackedMatrix:
         begin, end = (int(n) for n in self.offsets.numpy()[[first, last]])
         bits = dense.view(_BITS[dense.element_size()]).zero_()
         bits[torch.from_numpy(alive)] = self.values.view(bits.dtype)[begin:end]
-        return dense
+        return dense.to(dtype)
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         step = max(1, _TILE // max(1, self.width))
@@ -173,21 +175,22 @@ class PackedMatrix:
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., width] times the matrix's transpose, plus bias [out]: what functional.linear gives for `dense()`.
 
-        Sums are taken in float32. Raises RunError when x or bias is not of the matrix's type, on the CPU, [..., width].
+        x: of the matrix's type or float32, on the CPU; bias and result have its type. Sums are taken in float32.
+        Raises RunError when x or bias is anything else.
         """
-        if x.dtype != self.dtype or x.shape[-1] != self.width or not x.is_cpu:
+        if x.dtype not in (self.dtype, torch.float32) or x.shape[-1] != self.width or not x.is_cpu:
             raise RunError(
                 f"a packed {self.dtype} layer of {self.width} inputs on the CPU cannot take {tuple(x.shape)} "
                 f"of {x.dtype} on {x.device}; load the model where it is wanted, or unpack the checkpoint"
             )
-        if bias is not None and (bias.dtype != self.dtype or not bias.is_contiguous() or bias.numel() != self.out):
-            raise RunError(f"the bias of a packed {self.dtype} layer of {self.out} outputs is {bias.dtype}")
+        if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != self.out):
+            raise RunError(f"a packed layer of {self.out} outputs has a bias of {bias.dtype} and inputs of {x.dtype}")
         columns = x.reshape(math.prod(x.shape[:-1]), self.width)
         if columns.stride(1) != 1:
             columns = columns.contiguous()
-        if native() is None or (columns.shape[0] > COLUMNS and not tiled(self.dtype)):
+        if native() is None or (columns.shape[0] > COLUMNS and not (tiled(self.dtype) and x.dtype == self.dtype)):
             parts = [
-                functional.linear(columns, self.dense(a, b), None if bias is None else bias[a:b])
+                functional.linear(columns, self.dense(a, b, x.dtype), None if bias is None else bias[a:b])
                 for a, b in self._tiles()
             ]
             result = (
@@ -203,8 +206,8 @@ class PackedMatrix:
 
 
 def tiled(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel of our own for more than COLUMNS columns."""
-    return dtype == torch.bfloat16 and LEVELS[level()] == "avx512_bf16"
+    """Whether there is a kernel of our own for more than COLUMNS columns, and for dense matrices."""
+    return dtype == torch.bfloat16 and native() is not None and LEVELS[level()] == "avx512_bf16"
 
 
 def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,6 +219,7 @@ def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None
         level(),
         torch.get_num_threads(),
         pool(),
+        KINDS[columns.dtype],
         columns.data_ptr(),
         columns.stride(0),
         columns.shape[0],
@@ -227,10 +231,12 @@ def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None
 
 
 def dense_multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """functional.linear(x, weight, bias) by our own dense kernel; only where `tiled(weight.dtype)` holds.
+    """functional.linear(x, weight, bias) by our own dense kernel, which there is where `tiled(weight.dtype)` holds.
 
-    weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width].
+    weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width]. Raises RunError where there is none.
     """
+    if not tiled(weight.dtype):
+        raise RunError(f"there is no dense kernel for {weight.dtype} on this machine; use torch's product")
     out, width = weight.shape
     columns = x.reshape(math.prod(x.shape[:-1]), width)
     if columns.stride(1) != 1:

@@ -40,7 +40,7 @@ TARGET INLINE void rows(const rows_job *job, int64_t first, int64_t last, const 
 
 TARGET void avx512_rows(const rows_job *job, int64_t first, int64_t last) { FOR_KINDS_AND_COLUMNS(rows) }
 
-TARGET void avx512_expand(const matrix *m, int64_t row, void *out) {
+TARGET void avx512_expand(const matrix *m, int64_t row, int kind, void *out) {
     const int64_t words = (m->width + 63) / 64;
     const uint64_t *mask = m->mask + row * words;
     int64_t at = m->offsets[row];
@@ -51,6 +51,8 @@ TARGET void avx512_expand(const matrix *m, int64_t row, void *out) {
         if (m->kind == KIND_F32) {
             __m512i v = _mm512_maskz_expand_epi32(lanes, _mm512_loadu_si512((const uint32_t *)m->values + at));
             _mm512_mask_storeu_epi32((uint32_t *)out + column, store, v);
+        } else if (kind == KIND_F32) {
+            _mm512_mask_storeu_ps((float *)out + column, store, _mm512_maskz_expand_ps(lanes, load16(m->kind, m->values, at)));
         } else {
             __m256i bits = _mm256_loadu_si256((const __m256i *)((const uint16_t *)m->values + at));
             __m512i v = _mm512_maskz_expand_epi32(lanes, _mm512_cvtepu16_epi32(bits));
@@ -155,7 +157,8 @@ TARGET_BF16 void avx512_bf16_rows(const rows_job *job, int64_t first, int64_t la
     }
 }
 
-TARGET_BF16 void avx512_bf16_expand(const matrix *m, int64_t row, void *out) {
+TARGET_BF16 void avx512_bf16_expand(const matrix *m, int64_t row, int kind, void *out) {
+    (void)kind; /* two bytes, as the matrix's */
     const int64_t words = (m->width + 63) / 64;
     const uint64_t *mask = m->mask + row * words;
     const uint16_t *values = (const uint16_t *)m->values + m->offsets[row];

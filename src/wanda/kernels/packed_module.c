@@ -17,18 +17,19 @@ static PyObject *level_of_machine(PyObject *self, PyObject *none) {
     return PyLong_FromLong(best_level());
 }
 
-/* kind rows width mask offsets values | level threads pool | x x_stride columns out out_stride bias */
+/* kind rows width mask offsets values | level threads pool | kind x x_stride columns out out_stride bias */
 static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     int64_t a[MOST_ARGUMENTS];
     (void)self;
-    if (!integers(arguments, given, 15, a)) return NULL;
+    if (!integers(arguments, given, 16, a)) return NULL;
     const product p = {.m = matrix_of(a),
-                       .x = (const void *)(intptr_t)a[9],
-                       .x_stride = a[10],
-                       .columns = a[11],
-                       .out = (void *)(intptr_t)a[12],
-                       .out_stride = a[13],
-                       .bias = (const void *)(intptr_t)a[14]};
+                       .kind = (int)a[9],
+                       .x = (const void *)(intptr_t)a[10],
+                       .x_stride = a[11],
+                       .columns = a[12],
+                       .out = (void *)(intptr_t)a[13],
+                       .out_stride = a[14],
+                       .bias = (const void *)(intptr_t)a[15]};
     int failed;
     Py_BEGIN_ALLOW_THREADS;
     failed = matrix_product(&p, (int)a[6], (int)a[7], POOL(a[8]));
@@ -37,14 +38,14 @@ static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t
     Py_RETURN_NONE;
 }
 
-/* kind rows width mask offsets values | level threads pool | first last out */
+/* kind rows width mask offsets values | level threads pool | first last kind out */
 static PyObject *expand(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     int64_t a[MOST_ARGUMENTS];
     (void)self;
-    if (!integers(arguments, given, 12, a)) return NULL;
+    if (!integers(arguments, given, 13, a)) return NULL;
     const matrix m = matrix_of(a);
     Py_BEGIN_ALLOW_THREADS;
-    expand_rows(&m, a[9], a[10], (void *)(intptr_t)a[11], (int)a[6], (int)a[7], POOL(a[8]));
+    expand_rows(&m, a[9], a[10], (int)a[11], (void *)(intptr_t)a[12], (int)a[6], (int)a[7], POOL(a[8]));
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }

@@ -33,18 +33,20 @@ int64_t portable_count(const uint64_t *mask, int64_t words) {
     return count;
 }
 
-void portable_expand(const matrix *m, int64_t row, void *out) {
+void portable_expand(const matrix *m, int64_t row, int kind, void *out) {
     const int64_t words = (m->width + 63) / 64;
     const uint64_t *mask = m->mask + row * words;
     int64_t at = m->offsets[row];
-    memset(out, 0, (size_t)m->width * (m->kind == KIND_F32 ? 4 : 2));
+    memset(out, 0, (size_t)m->width * (kind == KIND_F32 ? 4 : 2));
     for (int64_t word = 0; word < words; word++) {
-        for (uint64_t bits = mask[word]; bits; bits &= bits - 1) {
+        for (uint64_t bits = mask[word]; bits; bits &= bits - 1, at++) {
             const int64_t column = word * 64 + __builtin_ctzll(bits);
-            if (m->kind == KIND_F32)
-                ((uint32_t *)out)[column] = ((const uint32_t *)m->values)[at++];
+            if (kind != KIND_F32)
+                ((uint16_t *)out)[column] = ((const uint16_t *)m->values)[at];
+            else if (m->kind == KIND_F32) /* not as a float: bits are kept */
+                ((uint32_t *)out)[column] = ((const uint32_t *)m->values)[at];
             else
-                ((uint16_t *)out)[column] = ((const uint16_t *)m->values)[at++];
+                ((float *)out)[column] = load_value(m->kind, m->values, at);
         }
     }
 }

@@ -13,7 +13,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* A product of at most MOST_COLUMNS columns whose x lies as the kernels want it: in pieces of `lane` elements, all
-   columns of a piece side by side ([words * 64 / lane, columns, lane]), zero beyond the width. */
+   columns of a piece side by side ([words * 64 / lane, columns, lane]), zero beyond the width; in each piece the
+   elements at even places before those at odd ones where the kernel is `split`. */
 typedef struct {
     const product *p;
     const void *x;
@@ -25,16 +26,20 @@ typedef struct {
 typedef void (*rows_kernel)(const rows_job *job, int64_t first, int64_t last);
 
 void portable_rows(const rows_job *job, int64_t first, int64_t last);
-void portable_expand(const matrix *m, int64_t row, void *out);
+/* One row as dense elements of a kind: the matrix's, or KIND_F32. */
+typedef void (*expand_kernel)(const matrix *m, int64_t row, int kind, void *out);
+
+void portable_expand(const matrix *m, int64_t row, int kind, void *out);
 int64_t portable_count(const uint64_t *mask, int64_t words);
 
 #ifdef WANDA_X86
 void avx2_rows(const rows_job *job, int64_t first, int64_t last);
+void avx2_expand(const matrix *m, int64_t row, int kind, void *out);
 int64_t avx2_count(const uint64_t *mask, int64_t words);
 void avx512_rows(const rows_job *job, int64_t first, int64_t last);
-void avx512_expand(const matrix *m, int64_t row, void *out);
+void avx512_expand(const matrix *m, int64_t row, int kind, void *out);
 void avx512_bf16_rows(const rows_job *job, int64_t first, int64_t last);
-void avx512_bf16_expand(const matrix *m, int64_t row, void *out);
+void avx512_bf16_expand(const matrix *m, int64_t row, int kind, void *out);
 #endif
 
 INLINE const void *value_at(const matrix *m, int64_t index) {
@@ -56,8 +61,8 @@ INLINE void store_value(int kind, void *values, int64_t index, float value) {
 
 INLINE void store_row(const rows_job *job, int64_t row, const float *sums) {
     const product *p = job->p;
-    float bias = p->bias ? load_value(p->m.kind, p->bias, row) : 0.0f;
-    for (int c = 0; c < job->stored; c++) store_value(p->m.kind, p->out, c * p->out_stride + row, sums[c] + bias);
+    float bias = p->bias ? load_value(p->kind, p->bias, row) : 0.0f;
+    for (int c = 0; c < job->stored; c++) store_value(p->kind, p->out, c * p->out_stride + row, sums[c] + bias);
 }
 
 /* Calls body(job, first, last, kind, columns) with both as constants, so that it is compiled for each. */

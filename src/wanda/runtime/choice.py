@@ -34,33 +34,42 @@ class Gain:
 
 
 HALF, THIRTY = 0.51, 0.31  # 50% and 70% sparsity as measured; rows of odd width keep a little more
-GAINS: dict[tuple[str, torch.dtype], tuple[Gain, ...]] = {
-    ("avx512_bf16", torch.bfloat16): (Gain(1.0, cached=True),),
-    ("avx512_bf16", torch.float32): (Gain(HALF),),
-    ("avx512", torch.float32): (Gain(HALF),),
-    ("avx512", torch.bfloat16): (Gain(HALF, nbytes=2 << 20),),  # above that torch's bfloat16 product is another
-    ("avx2", torch.float32): (Gain(HALF, nbytes=4 << 20), Gain(THIRTY)),
-}  # not portable, and not float16, whose conversion costs more than the bytes saved
+GAINS: dict[tuple[str, torch.dtype, torch.dtype], tuple[Gain, ...]] = {
+    ("avx512_bf16", torch.bfloat16, torch.bfloat16): (Gain(1.0, cached=True),),
+    ("avx512_bf16", torch.float32, torch.float32): (Gain(HALF),),
+    ("avx512_bf16", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("avx512", torch.float32, torch.float32): (Gain(HALF),),
+    ("avx512", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("avx512", torch.bfloat16, torch.bfloat16): (Gain(HALF, nbytes=2 << 20),),  # above that torch's product is another
+    ("avx2", torch.float32, torch.float32): (Gain(HALF, nbytes=4 << 20),),
+    ("avx2", torch.bfloat16, torch.float32): (Gain(HALF),),
+}  # path, stored type, type computed in; not portable, and not float16, whose conversion costs more than it saves
 
 
-def gains(path: str, dtype: torch.dtype, nbytes: int, density: float, together: int) -> bool:
+def gains(path: str, stored: torch.dtype, computed: torch.dtype, nbytes: int, density: float, together: int) -> bool:
     """Whether a packed matrix is predicted to decode faster than torch's dense one on a kernel path (LEVELS).
 
-    nbytes: of the dense matrix; density: share of survivors; together: dense bytes of all matrices of the model.
+    stored: type of the packed values; computed: of activations, and of the dense matrix. nbytes: of the dense matrix;
+    density: share of survivors; together: dense bytes of all matrices of the model.
     """
     return any(
         density <= gain.density and nbytes <= gain.nbytes and (gain.cached or together >= CACHE)
-        for gain in GAINS.get((path, dtype), ())
+        for gain in GAINS.get((path, stored, computed), ())
     )
 
 
-def without_gain(matrices: Mapping[str, PackedMatrix]) -> set[str]:
-    """Names of the matrices for which packing is not predicted to gain speed on this machine's kernel path."""
+def without_gain(matrices: Mapping[str, PackedMatrix], dtype: torch.dtype | None = None) -> set[str]:
+    """Names of the matrices for which packing is not predicted to gain speed on this machine's kernel path.
+
+    dtype: what the model computes in, each matrix's own type when None.
+    """
     sizes = {key: matrix.out * matrix.width for key, matrix in matrices.items()}
-    nbytes = {key: size * matrices[key].dtype.itemsize for key, size in sizes.items()}
+    types = {key: dtype or matrix.dtype for key, matrix in matrices.items()}
+    nbytes = {key: size * types[key].itemsize for key, size in sizes.items()}
     together = sum(nbytes.values())
+    path = LEVELS[level()]
     return {
         key
         for key, matrix in matrices.items()
-        if not gains(LEVELS[level()], matrix.dtype, nbytes[key], matrix.survivors / sizes[key], together)
+        if not gains(path, matrix.dtype, types[key], nbytes[key], matrix.survivors / sizes[key], together)
     }

@@ -16,24 +16,26 @@ DENSE_COLUMNS = 4  # tokens up to which our dense kernel was not slower than tor
 class PackedLinear(nn.Module):
     """nn.Linear whose weight stays packed; the matrix is no parameter, so `to` and training leave it as it is.
 
-    The state_dict holds the dense weight, so that save_pretrained writes an ordinary checkpoint.
+    dtype: of inputs, bias and outputs; the matrix's own, or float32. The state_dict holds the dense weight, so that
+    save_pretrained writes an ordinary checkpoint.
     """
 
-    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None):
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype | None = None):
         super().__init__()
         self.matrix = matrix
         self.bias = bias
+        self.dtype = dtype or matrix.dtype
         self.in_features, self.out_features = matrix.width, matrix.out
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [out, in], made anew on every access: code that looks at a layer's type or values works."""
-        return self.matrix.dense()
+        return self.matrix.dense(dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]; gradients flow to x and the bias through a dense copy of the weight."""
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return functional.linear(x, self.matrix.dense(), self.bias)
+            return functional.linear(x, self.weight, self.bias)
         return self.matrix.multiply(x, self.bias)
 
     def extra_repr(self) -> str:
@@ -43,7 +45,7 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.matrix.dense()
+        destination[prefix + "weight"] = self.weight
 
 
 class FastLinear(nn.Linear):

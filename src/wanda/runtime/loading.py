@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed
+from wanda.checkpoint.packed import PackedCheckpoint, is_packed, open_packed, stored_dtypes
 from wanda.checkpoint.source import bars_on_terminals_only, load_config, load_model, resolve, weight_files
 from wanda.checkpoint.tensors import read_header
+from wanda.device import DTYPES, cpu_has_bfloat16
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import LEVELS, level, native
 from wanda.kernels.packed import PackedMatrix, tiled
@@ -36,6 +37,7 @@ def load(
     backend: Literal["cpu", "semi_structured"] = "cpu",
     prefer: Literal["speed", "memory"] = "speed",
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Any:
     """A transformers model, in eval mode, of a packed checkpoint: generate, pipelines and evaluation work as ever.
 
@@ -45,6 +47,8 @@ def load(
     prefer "speed": layers that are not predicted to decode faster packed (choice.py) are loaded dense, which is said on
     stderr; "memory": everything stays packed.
     trust_remote_code: run modelling code that lies in the folder.
+    dtype: what the model computes in, the type that is stored or float32; "auto" is the first, but on a CPU that does
+    not multiply bfloat16 itself float32, which is several times as fast there. Packed values stay as they are stored.
     Raises ConfigurationError when the folder is not packed or what is asked for cannot be had here, RunError for
     damage.
     """
@@ -53,8 +57,15 @@ def load(
         faults.append(f"unknown backend {backend!r}: {near(backend, BACKENDS)}")
     if prefer not in PREFERENCES:
         faults.append(f"unknown preference {prefer!r}: {near(prefer, PREFERENCES)}")
-    if prefer == "memory" and backend == "semi_structured":
-        faults.append('prefer="memory" would change nothing on the semi_structured backend; leave it away')
+    if dtype not in ("auto", *DTYPES):
+        faults.append(f"unknown dtype {dtype!r}: {near(dtype, ['auto', *DTYPES])}")
+    if backend == "semi_structured":
+        ignored = {'prefer="memory"': prefer == "memory", f"dtype={dtype!r}": dtype != "auto"}
+        faults += [
+            f"{option} would change nothing on the semi_structured backend; leave it away"
+            for option, given in ignored.items()
+            if given
+        ]
     if faults:
         raise ConfigurationError(faults)
     folder = Path(path)
@@ -63,25 +74,29 @@ def load(
 
         require_cuda()
         if is_packed(folder):
-            return convert(_all_dense(folder, trust_remote_code))
+            stored = stored_dtypes(folder)
+            return convert(_all_dense(folder, stored.pop() if len(stored) == 1 else None, trust_remote_code))
         folder = resolve(path, trust_remote_code)
         return convert(load_model(folder, _stored(folder), "cpu", trust_remote_code))
+    computed = computed_dtype(folder, dtype)
     if native() is None:
         if prefer == "memory":
             raise ConfigurationError(
                 'prefer="memory" needs the C kernels, which are not here, so that packed layers are expanded when they '
                 "are loaded; install a C compiler and reinstall wanda-prune"
             )
-        return _all_dense(folder, trust_remote_code)
+        return _all_dense(folder, computed, trust_remote_code)
     checkpoint = open_packed(folder)
-    dense = set() if prefer == "memory" else without_gain(checkpoint.matrices)
+    if dtype == "auto" and computed == torch.float32 and stored_dtypes(folder) != {torch.float32}:
+        _say("this CPU does not multiply bfloat16 itself, so the model computes in float32")
+    dense = set() if prefer == "memory" else without_gain(checkpoint.matrices, computed)
     if dense:
         _say(
             f"{len(dense)} of {len(checkpoint.matrices)} packed matrices are loaded dense, because torch is predicted "
             f"to decode faster with them than the packed kernels of this machine ({LEVELS[level()]}); "
             "prefer memory to speed to keep them packed"
         )
-    model = _from_checkpoint(checkpoint, dense, trust_remote_code)
+    model = _from_checkpoint(checkpoint, dense, computed, trust_remote_code)
     if tiled(torch.bfloat16):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
@@ -89,9 +104,26 @@ def load(
     return model
 
 
-def _all_dense(folder: Path, trust_remote_code: bool) -> Any:
+def computed_dtype(folder: Path, dtype: str = "auto") -> torch.dtype | None:
+    """What a packed folder's model computes in on this CPU, as `load` says; None: everything as it is stored.
+
+    Raises ConfigurationError for a type that is neither stored nor float32, or a folder that is not packed.
+    """
+    stored = stored_dtypes(folder)
+    if dtype == "auto":
+        slow = stored - {torch.float32} and not cpu_has_bfloat16()
+        return torch.float32 if slow else stored.pop() if len(stored) == 1 else None
+    if DTYPES[dtype] != torch.float32 and stored != {DTYPES[dtype]}:
+        held = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in stored)) or "no packed"
+        raise ConfigurationError(
+            f"{folder} holds {held} values, which cannot be computed in {dtype}; choose float32 or auto"
+        )
+    return DTYPES[dtype]
+
+
+def _all_dense(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
     checkpoint = open_packed(folder)
-    return _from_checkpoint(checkpoint, set(checkpoint.matrices), trust_remote_code)
+    return _from_checkpoint(checkpoint, set(checkpoint.matrices), dtype, trust_remote_code)
 
 
 def _stored(folder: Path) -> str:
@@ -103,19 +135,23 @@ def _stored(folder: Path) -> str:
     return str(max(nbytes, key=nbytes.__getitem__, default=torch.float32)).removeprefix("torch.")
 
 
-def _from_checkpoint(checkpoint: PackedCheckpoint, dense: set[str], trust_remote_code: bool) -> Any:
-    """The model, in which the matrices named in `dense` are ordinary parameters."""
-    store, state = _placeholders(checkpoint, dense)
-    model = _build(checkpoint, state, trust_remote_code)
-    fused = store.keys() - _put_in_place(model, checkpoint, store)
+def _from_checkpoint(
+    checkpoint: PackedCheckpoint, dense: set[str], dtype: torch.dtype | None, trust_remote_code: bool
+) -> Any:
+    """The model, the matrices named in `dense` ordinary parameters of it; dtype None: as everything is stored."""
+    store, state = _placeholders(checkpoint, dense, dtype)
+    model = _build(checkpoint, state, dtype, trust_remote_code)
+    fused = store.keys() - _put_in_place(model, checkpoint, store, dtype)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
         _say(f"{len(fused)} packed matrices are fused in memory ({min(fused)}, ...), so they run dense")
-        return _from_checkpoint(checkpoint, dense | fused, trust_remote_code)
+        return _from_checkpoint(checkpoint, dense | fused, dtype, trust_remote_code)
     return model.eval()
 
 
-def _placeholders(checkpoint: PackedCheckpoint, dense: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _placeholders(
+    checkpoint: PackedCheckpoint, dense: set[str], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One element for every matrix that stays packed, and the state for transformers to load."""
     store: dict[str, Tensor] = {}
     state: dict[str, Tensor] = dict(checkpoint.tensors)
@@ -123,7 +159,7 @@ def _placeholders(checkpoint: PackedCheckpoint, dense: set[str]) -> tuple[dict[s
         if key in dense:
             state[key] = matrix.dense()
         else:
-            store[key] = torch.zeros(1, dtype=matrix.dtype)
+            store[key] = torch.zeros(1, dtype=dtype or matrix.dtype)
             state[key] = store[key].expand(matrix.out, matrix.width)
     return store, state
 
@@ -155,20 +191,20 @@ def _class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     return kind
 
 
-def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor], trust_remote_code: bool) -> Any:
+def _build(
+    checkpoint: PackedCheckpoint, state: dict[str, Tensor], dtype: torch.dtype | None, trust_remote_code: bool
+) -> Any:
     import transformers
 
     config = load_config(checkpoint.folder, trust_remote_code)
     kind = _class(checkpoint.folder, config, trust_remote_code)
-    types = {matrix.dtype for matrix in checkpoint.matrices.values()}
-    dtype: Any = types.pop() if len(types) == 1 else "auto"
     try:
         with bars_on_terminals_only():
             model, found = kind.from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
-                dtype=dtype,
+                dtype=dtype or "auto",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
@@ -186,7 +222,9 @@ def _build(checkpoint: PackedCheckpoint, state: dict[str, Tensor], trust_remote_
     return model
 
 
-def _put_in_place(model: nn.Module, checkpoint: PackedCheckpoint, store: dict[str, Tensor]) -> set[str]:
+def _put_in_place(
+    model: nn.Module, checkpoint: PackedCheckpoint, store: dict[str, Tensor], dtype: torch.dtype | None
+) -> set[str]:
     """Replace the layers whose weights are placeholders; returns the matrices that were found."""
     key_of = {element.data_ptr(): key for key, element in store.items()}
     seen: set[str] = set()
@@ -197,25 +235,26 @@ def _put_in_place(model: nn.Module, checkpoint: PackedCheckpoint, store: dict[st
                 continue
             seen.add(key)
             matrix = checkpoint.matrices[key]
-            packed = _layer(module, name, matrix)
+            packed = _layer(module, name, matrix, dtype)
             if packed is not None:
                 model.set_submodule(module_name, packed)
             else:
                 _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
-                setattr(module, name, nn.Parameter(matrix.dense(), requires_grad=parameter.requires_grad))
+                weight = matrix.dense(dtype=dtype)
+                setattr(module, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
     return seen
 
 
-def _layer(module: nn.Module, name: str, matrix: PackedMatrix) -> PackedLinear | None:
+def _layer(module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtype | None) -> PackedLinear | None:
     """The packed layer that computes what `module` does, None when it is not known to be a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
     if name != "weight":
         return None
     if type(module) is nn.Linear:
-        return PackedLinear(matrix, module.bias)
+        return PackedLinear(matrix, module.bias, dtype)
     if type(module) is Conv1D:  # x @ weight: the stored matrix is the transpose
-        return PackedLinear(PackedMatrix.pack(matrix.dense().T), module.bias)
+        return PackedLinear(PackedMatrix.pack(matrix.dense().T), module.bias, dtype)
     return None
 
 

@@ -120,9 +120,9 @@ transformers.AutoModelForCausalLM, transformers.GenerationConfig, getattr(transf
 before = resident("VmRSS:")
 start = time.perf_counter()
 if sys.argv[1] == "packed":
-    model = load(sys.argv[2], prefer=sys.argv[4], trust_remote_code=trust)
+    model = load(sys.argv[2], prefer=sys.argv[4], trust_remote_code=trust, dtype=sys.argv[6])
 else:
-    model = load_model(Path(sys.argv[2]), "bfloat16", "cpu", trust)
+    model = load_model(Path(sys.argv[2]), sys.argv[6], "cpu", trust)
 opened = time.perf_counter() - start
 if sys.argv[1] == "dense":  # a packed model's bytes were all read for its checksums
     touch(model)
@@ -143,9 +143,11 @@ class Fresh:
     resident: int
 
 
-def fresh(folder: Path, packed: bool, prefer: str = "speed", trust_remote_code: bool = False) -> Fresh:
-    """Load a packed model, or a dense one in bfloat16, in a new process; RunError when that fails. Linux only."""
-    options = ["packed" if packed else "dense", folder, torch.get_num_threads(), prefer, trust_remote_code]
+def fresh(
+    folder: Path, packed: bool, prefer: str = "speed", trust_remote_code: bool = False, dtype: str = "auto"
+) -> Fresh:
+    """Load a packed or a dense model in a new process; RunError when that fails. Linux only."""
+    options = ["packed" if packed else "dense", folder, torch.get_num_threads(), prefer, trust_remote_code, dtype]
     command = [sys.executable, "-c", _FRESH, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
