@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -45,5 +46,12 @@ def test_a_block_is_read_into_the_memory_of_the_one_before(tmp_path: Path) -> No
     again = entries["two"].read(memory)
     assert torch.equal(again, two) and again.data_ptr() == first.data_ptr()
     assert torch.equal(beside, other)
+    memory.take_back()
+    kept = weakref.ref(first)
+    del first, beside, again
+    assert kept() is not None  # free, to be lent
+    memory.lend((7,), torch.float32)  # a block of other shapes: what is free does not stay beside it
+    assert kept() is None
+    first = entries["one"].read(memory)
     memory.give_up()
     assert entries["one"].read(memory).data_ptr() != first.data_ptr()

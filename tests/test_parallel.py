@@ -115,7 +115,9 @@ def test_several_processes_prune_as_one(name: str, world: int, outputs: dict[int
         assert found[matrix]["tokens"] == row["tokens"]
         assert found[matrix]["removed"] == row["removed"]
     errors = [[row["relative_error"] or 0.0 for row in table.values()] for table in (expected, found)]
-    if "sparsegpt" in name:  # one weight on the other side of a tie changes the updates of all that follow
+    if (
+        "sparsegpt" in name or "inherit" in name
+    ):  # one weight on the other side of a tie changes the updates of all that follow
         assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.01)
     else:
         assert errors[1] == pytest.approx(errors[0], rel=0.001)

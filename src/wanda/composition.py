@@ -82,7 +82,8 @@ class Composition:
 
         Small ones where score, pattern and update look at every row by itself; else one of all rows.
         """
-        alone = self.update == "none" and pattern.by_row and self.score is not None and SCORES.get(self.score).by_row
+        by_row = self.score is not None and getattr(SCORES.get(self.score), "by_row", False)
+        alone = by_row and self.update == "none" and pattern.by_row
         rows = max(1, _PANEL // max(1, width)) if alone else max(1, out)
         return [slice(first, min(first + rows, out)) for first in range(0, max(1, out), rows)]
 

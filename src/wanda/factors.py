@@ -29,7 +29,7 @@ def cholesky(matrix: Tensor, damping: float, what: str, notes: list[str]) -> Ten
     if not bool(torch.isfinite(matrix.sum())):
         raise RunError(f"the {what} is not finite: the activations overflowed; calibrate in float32 or bfloat16")
     matrix.diagonal().add_(damping)
-    added = damping
+    added = tried = damping
     for _ in range(RAISES + 1):
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
@@ -39,10 +39,10 @@ def cholesky(matrix: Tensor, damping: float, what: str, notes: list[str]) -> Ten
                     " more calibration tokens would cure it"
                 )
             return factor
-        wanted = max(added * 10, 1e-12)
+        tried, wanted = added, max(added * 10, 1e-12)
         matrix.diagonal().add_(wanted - added)
         added = wanted
-    raise RunError(f"the {what} is not positive definite even with a damping of {added:.3g}; check the activations")
+    raise RunError(f"the {what} is not positive definite even with a damping of {tried:.3g}; check the activations")
 
 
 def inverse_factor(statistics: Statistics) -> Tensor:

@@ -36,7 +36,7 @@ def peak_memory() -> int:
 def reuse_memory() -> None:
     """Have this process use freed memory again instead of asking the system for fresh pages, each filled with zeros.
 
-    glibc hands large pieces back at once; with this it keeps those below 32 MiB, its limit, until FreedMemory says so.
+    glibc hands large pieces back at once; with this it keeps those below 32 MiB, its limit, until `give_back`.
     torch is told to ask for huge pages. For a process of our own, before torch allocates; what the environment says
     about either is left as it is. Elsewhere than with glibc only the second.
     """
@@ -46,6 +46,13 @@ def reuse_memory() -> None:
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, 32 << 20)
             mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def give_back() -> None:
+    """Hand the memory that this process has freed back to the system, where glibc keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other allocators have none
+    if trim is not None:
+        trim(0)
 
 
 class FreedMemory:
@@ -67,7 +74,5 @@ class FreedMemory:
         if self._usual is None:
             self._usual = now
         elif now > _GROWTH * self._usual:
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other allocators have none
-            if trim is not None:
-                trim(0)
+            give_back()
             self._usual = None

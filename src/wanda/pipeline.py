@@ -400,6 +400,7 @@ class BlockLoop:
                 if writer is not None:
                     writer.write_block(index, self._shard(index, stored), self._rows(index))
                 self.parts.drop_block(index)
+                stored.clear()  # or this block stays beside the next one
             freed.give_back()
             calls[index] = []
             progress.block(index, self._rows(index))

@@ -21,7 +21,7 @@ from wanda.allocation import ALLOCATIONS
 from wanda.chain import channels_of, watch
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
-from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, stored_dtype
+from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, sequence_length, stored_dtype
 from wanda.checkpoint.writer import journaled, output_faults
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
@@ -39,7 +39,6 @@ _TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _OF_CALIBRATION = frozenset(
     ("calibration", "samples", "seqlen", "seed", "skip_unreadable", "propagate", "experts", "expert_tokens", "batch")
 )  # options that nothing but a calibration uses
-_CONTEXT = 2048  # tokens of a sequence unless said otherwise
 EXPERTS_SHARE = 4  # of the available memory, one part goes to the Gram matrices of experts
 _UNTOLD = 400 << 20  # bytes of this process, where the system does not tell
 _SLACK = 200 << 20  # bytes: allocator, thread pools, libraries that are loaded on the way
@@ -280,9 +279,11 @@ def make_plan(
         faults += [fault for fault in error.faults if fault not in faults]
     if checkpoint is None or skeleton is None:
         raise ConfigurationError(faults)
-    chain = skeleton.blocks.chain
-    seqlen, seqlen_faults = (chain.positions, []) if chain else sequence_length(skeleton.model, recipe)
-    faults += seqlen_faults
+    chain, seqlen = skeleton.blocks.chain, 1
+    try:
+        seqlen = chain.positions if chain else sequence_length(skeleton.model.config, recipe.seqlen)
+    except ConfigurationError as error:
+        faults += error.faults
     matrices, dense, matrix_faults = choose(skeleton.model, skeleton.blocks, recipe)
     faults += matrix_faults
     if faults:
@@ -312,8 +313,19 @@ def make_plan(
         image=image,
     )
     begun = journaled(out).get("choices") if resume else None
-    _fit(plan, neighbours, None if begun is None else Choices(**begun))
+    _fit(plan, neighbours, None if begun is None else _choices(begun, out))
     return plan
+
+
+def _choices(journaled: Any, out: Path) -> Choices:
+    """What a begun run has chosen; ConfigurationError when another version journaled it in another way."""
+    try:
+        return Choices(**journaled)
+    except TypeError as error:
+        cure = "finish it with that version, or start anew with --overwrite"
+        raise ConfigurationError(
+            f"the run begun in {out}.partial is of another version of wanda-prune; {cure}"
+        ) from error
 
 
 def needs_of(recipe: Recipe) -> Needs:
@@ -357,16 +369,6 @@ def _blocks_notes(skeleton: Skeleton) -> list[str]:
         return []
     whole = chain.names[0] or type(skeleton.model).__name__
     return [f"{whole} is walked as one block: its {len(chain.units)} parts do not follow one another directly"]
-
-
-def sequence_length(model: Any, recipe: Recipe) -> tuple[int, list[str]]:
-    """Tokens of a calibration sequence, and faults: more than the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if recipe.seqlen is None:
-        return min(_CONTEXT, context or _CONTEXT), []
-    if context is not None and recipe.seqlen > context:
-        return recipe.seqlen, [f"--seqlen {recipe.seqlen} is more than the model's context of {context} tokens"]
-    return recipe.seqlen, []
 
 
 def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]], dict[str, str], list[str]]:
@@ -612,7 +614,10 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
             grams = (kept + one * 4) * (2 if recipe.inherit else 1) + _experts_at_once(plan, index, needs)
         in_flight = at_once * itemsize * (2 * hidden_size + 3 * width) if plan.calibrated else 0
         in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
-        working = max(working, most * 14 + grams + in_flight)
+        # Experts that lie one by one in the files are fused when they are read, and taken apart to be written.
+        groups = [group for group in skeleton.block_groups(index) if group.converter is not None]
+        converted = max((sum(entries[key].nbytes for key, _ in group.sources) for group in groups), default=0)
+        working = max(working, most * 14 + grams + in_flight, converted)
     base = (resident_memory() or _UNTOLD) + _SLACK
     if plan.calibrated:
         base += recipe.samples * (math.prod(plan.image) * 4 if plan.image is not None else plan.seqlen * 8)

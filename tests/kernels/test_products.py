@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanda.kernels import products
-from wanda.kernels.native import native
+from wanda.kernels.native import multiplies_bfloat16
 from wanda.kernels.products import add_product
 
-WAYS = ["torch", "compiled"] if native() is not None else ["torch"]
+needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="the kernel needs AVX-512 BF16")
+WAYS = ["torch", pytest.param("compiled", marks=needs_bfloat16)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -50,7 +51,7 @@ def test_products_agree_with_float64(
     assert torch.equal(out[:, b.shape[1] :], before[:, b.shape[1] :])  # nothing beside the matrix is touched
 
 
-@pytest.mark.skipif(native() is None, reason="the extension is not compiled")
+@needs_bfloat16
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(700, 333, generator=torch.Generator().manual_seed(0)).bfloat16()
     sums = []

@@ -261,7 +261,7 @@ def test_all_faults_at_once_before_anything_is_loaded(pruned, text, tmp_path):
     faults = "\n".join(caught.value.faults)
     for part in ("one of --lora", "--steps 0", "no multiple of --micro-batch", "--dropout", "nosuch", "is the input"):
         assert part in faults
-    with pytest.raises(ConfigurationError, match=r"longer than the model's context of 128"):
+    with pytest.raises(ConfigurationError, match=r"above the model's context of 128"):
         tune(folder, out=tmp_path / "out", full=True, seqlen=129, calibration=text)
     with pytest.raises(ConfigurationError, match=r"training text .* is too short"):
         tune(folder, out=tmp_path / "out", full=True, seqlen=128, calibration=_short(tmp_path))

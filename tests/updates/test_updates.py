@@ -10,6 +10,7 @@ from torch import Tensor
 
 from problems import PATTERNS, gathered, inputs, weights
 from wanda.composition import Composition, faults
+from wanda.kernels.native import multiplies_bfloat16
 from wanda.patterns import NM, Unstructured, Variant
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES
@@ -281,12 +282,14 @@ def test_admm_iterative_raises_the_sparsity_cubically(nm: bool) -> None:
     assert float((ours.weight - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16 where native"])
+@pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("inherit", [0.0, 0.5])
 @pytest.mark.parametrize("nm", [False, True])
 def test_admm_relaxed_is_over_relaxed(nm: bool, inherit: float, reduced: bool, monkeypatch) -> None:
     w, x = weights(300, 64), inputs(400, 64)  # more rows than a panel
     dense = x + 0.3 * inputs(400, 64, seed=5) if inherit else None
+    if reduced and not multiplies_bfloat16():
+        pytest.skip("products in bfloat16 are taken with AVX-512 BF16 only")
     if not reduced:
         monkeypatch.setattr("wanda.updates._admm.multiplies_bfloat16", lambda: False)
     ours = pruned("admm-relaxed", w, gathered(x, dense), NM(2, 4) if nm else HALF, inherit=inherit)

@@ -276,6 +276,19 @@ def context_length(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def sequence_length(config: Any, asked: int | None, usual: int = 2048) -> int:
+    """Tokens of a sequence or window: `asked`, or min(usual, the model's context).
+
+    Raises ConfigurationError when more is asked for than the context holds.
+    """
+    context = context_length(config)
+    if asked is None:
+        return min(usual, context or usual)
+    if context is not None and asked > context:
+        raise ConfigurationError(f"--seqlen {asked} is above the model's context of {context} tokens; choose less")
+    return asked
+
+
 @contextlib.contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
     """Keep transformers' progress bars out of logs."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.evaluation.grid import Grid, Setting, extent, label, options_of
+from wanda.memory import give_back
 from wanda.recipe import Recipe
 from wanda.report.comparison import MEASURED, RESULTS, Board, Comparison, write_tables
 from wanda.report.plots import write_plots
@@ -231,7 +232,8 @@ def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
     calibration = sources.identity(plans[0][0].calibration) if any(plan.calibrated for _, plan in plans) else None
     cells = {(key := _digest(common)): Cell("dense", key, None, None)}
     for name, (recipe, plan) in zip(_names([recipe for recipe, _ in plans]), plans, strict=True):
-        resolved = plan.recipe.as_dict() | {"seqlen": plan.seqlen, "calibration": sources.name_of(recipe.calibration)}
+        # As asked: what is chosen for the sake of memory differs from hour to hour, and is in the notes.
+        resolved = plan.asked.as_dict() | {"seqlen": plan.seqlen, "calibration": sources.name_of(recipe.calibration)}
         if not plan.calibrated:
             resolved |= dict.fromkeys(_CALIBRATION)
         if recipe.pattern is not None:
@@ -317,12 +319,14 @@ def _run(
     earlier = [row for key, row in rows.items() if key not in known]
     if earlier:
         result.notes.append(f"{len(earlier)} cells of earlier comparisons in this folder stay in {RESULTS}")
-    result.rows = [rows[cell.key] | cell.row() for cell in cells if cell.key in rows]  # under their names of today
+    for cell in cells:
+        if cell.key in rows:
+            rows[cell.key] |= cell.row()  # under their names of today
+    result.rows = [rows[cell.key] for cell in cells if cell.key in rows]
     _write(result, earlier)
     with Board([cell.name for cell in cells], progress) as board:
         for number, cell in enumerate(cells):
             if cell.key in rows:
-                rows[cell.key] |= cell.row()
                 board.done(number, rows[cell.key], again=True)
         for number, cell in enumerate(cells):
             if cell.key in rows:
@@ -437,7 +441,8 @@ def _measure(folder: Path, ids: Tensor, setting: Setting, now: Callable[[str], N
     network = load(folder, setting.dtype, setting.device, setting.trust_remote_code)
     found = measure(network, ids, "", advance=advance)
     del network
-    gc.collect()  # modules hold cycles, and the next process needs the room
+    gc.collect()  # modules hold cycles,
+    give_back()  # and the next process needs the room
     return {"perplexity": found.perplexity, "measure_seconds": round(found.seconds, 2)}
 
 

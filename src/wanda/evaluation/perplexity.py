@@ -86,16 +86,11 @@ def perplexity(
 
 def window_length(config: Any, seqlen: int | None) -> int:
     """The tokens of a window: `seqlen`, or min(2048, the model's context); ConfigurationError when it cannot be."""
-    from wanda.checkpoint.source import context_length
+    from wanda.checkpoint.source import sequence_length
 
-    context = context_length(config)
-    if seqlen is None:
-        return min(2048, context or 2048)
-    if seqlen < 2:
+    if seqlen is not None and seqlen < 2:
         raise ConfigurationError(f"--seqlen {seqlen} predicts nothing; it has to be at least 2")
-    if context is not None and seqlen > context:
-        raise ConfigurationError(f"--seqlen {seqlen} is above the model's context of {context} tokens; choose less")
-    return seqlen
+    return sequence_length(config, seqlen)
 
 
 def text_windows(source: str, tokenizer: Any, seqlen: int, windows: int | None = None) -> tuple[Tensor, str]:

@@ -6,7 +6,7 @@ extern PyMethodDef columns_methods[], gram_methods[], packed_methods[], select_m
 
 static int add_methods(PyObject *module) {
     PyMethodDef *tables[] = {columns_methods, gram_methods, packed_methods, select_methods};
-    for (int i = 0; i < 4; i++)
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (PyModule_AddFunctions(module, tables[i])) return -1;
     return 0;
 }

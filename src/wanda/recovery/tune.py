@@ -11,7 +11,7 @@ from typing import Any
 
 from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
-from wanda.checkpoint.source import check_folder, context_length, load_config, load_model, load_tokenizer
+from wanda.checkpoint.source import check_folder, load_config, load_model, load_tokenizer, sequence_length
 from wanda.checkpoint.tensors import sync_folder
 from wanda.checkpoint.writer import TUNE_IDENTITY, output_faults, partial_folder, replace_folder
 from wanda.errors import ConfigurationError, MissingExtraError, RunError
@@ -50,10 +50,7 @@ def tune(
 
     accumulation(settings)  # its fault before anything is loaded
     config = load_config(folder, settings.trust_remote_code)
-    context = context_length(config)
-    seqlen = settings.seqlen or min(1024, context or 1024)
-    if context is not None and seqlen > context:
-        raise ConfigurationError(f"--seqlen {seqlen} is longer than the model's context of {context} tokens")
+    seqlen = sequence_length(config, settings.seqlen, usual=1024)
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     train, held, notes = sequences(
         settings.calibration,

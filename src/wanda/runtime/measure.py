@@ -107,17 +107,14 @@ from pathlib import Path
 import torch, transformers
 from wanda.checkpoint.source import load_config, load_model
 from wanda.runtime.loading import load
+from wanda.memory import resident_memory
 from wanda.runtime.measure import touch
 torch.set_num_threads(int(sys.argv[3]))
-def resident(kind):
-    for line in open("/proc/self/status"):
-        if line.startswith(kind):
-            return int(line.split()[1]) * 1024
 transformers.utils.logging.disable_progress_bar()
 trust = sys.argv[5] == "True"
 config = load_config(Path(sys.argv[2]), trust)  # imports are not loading: they come before
 transformers.AutoModelForCausalLM, transformers.GenerationConfig, getattr(transformers, config.architectures[0], None)
-before = resident("VmRSS:")
+before = resident_memory()
 start = time.perf_counter()
 if sys.argv[1] == "packed":
     model = load(sys.argv[2], prefer=sys.argv[4], trust_remote_code=trust, dtype=sys.argv[6])
@@ -129,7 +126,7 @@ if sys.argv[1] == "dense":  # a packed model's bytes were all read for its check
 ready = time.perf_counter() - start
 with torch.no_grad():
     model(input_ids=torch.zeros(1, 1, dtype=torch.long))
-print(opened, ready, resident("VmRSS:") - before)
+print(opened, ready, resident_memory() - before)
 """
 
 

@@ -19,7 +19,8 @@ __path__ = pkgutil.extend_path(__path__, __name__)  # a file in another folder o
 class Score(Protocol):
     """How much each weight of a matrix matters.
 
-    by_row: a row's scores come from that row and the statistics alone, so that rows can be scored a few at a time.
+    by_row: a row's scores come from that row and the statistics alone, so that rows can be scored a few at a time, in
+        less memory; may be left out, which is False.
     """
 
     name: ClassVar[str]

@@ -32,7 +32,7 @@ class PCG:
         mask = problem.select(problem.weight, slice(None)) if problem.mask is None else problem.mask
         start = problem.weight * mask if problem.solution is None else problem.solution
         beyond = problem.beyond()
-        damping = first = 0.01 * float(gram.diagonal().mean())
+        damping = tried = first = 0.01 * float(gram.diagonal().mean())
         for _ in range(RAISES + 1):
             solution = torch.empty_like(start)
             if all(
@@ -53,10 +53,8 @@ class PCG:
                         " more calibration tokens would cure it"
                     )
                 return solution, mask
-            damping = max(damping * 10, 1e-12)
-        raise RunError(
-            f"the Gram matrix is not positive definite even with a damping of {damping:.3g}; check the inputs"
-        )
+            tried, damping = damping, max(damping * 10, 1e-12)
+        raise RunError(f"the Gram matrix is not positive definite even with a damping of {tried:.3g}; check the inputs")
 
 
 def refit(
