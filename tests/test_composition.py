@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,12 @@ def test_panels_of_rows_give_what_the_whole_matrix_gives(score: str, pattern: Pa
     errors = [part.error for part in parts if part.error is not None]
     assert whole.error is not None and len(errors) == len(parts)
     assert sum(errors[1:], errors[0]).relative == pytest.approx(whole.error.relative, rel=1e-5)
+
+
+def test_a_score_that_says_nothing_of_rows_sees_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own:
+        name, needs = "own", Needs.NOTHING
+
+    monkeypatch.setattr("wanda.composition.SCORES", SimpleNamespace(get=lambda name: Own))
+    monkeypatch.setattr("wanda.composition._PANEL", 8)
+    assert Composition("own").panels(Unstructured(exact("0.5")), 10, 8) == [slice(0, 10)]

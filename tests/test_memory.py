@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from architectures import tiny
+from wanda.checkpoint.skeleton import Skeleton
 from wanda.checkpoint.tensors import SpareMemory, read_header, write_file
 from wanda.memory import FreedMemory
+from wanda.pipeline import prune
 
 
 def test_freed_memory_is_given_back_when_it_has_grown_over_a_usual_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +59,23 @@ def test_a_block_is_read_into_the_memory_of_the_one_before(tmp_path: Path) -> No
     first = entries["one"].read(memory)
     memory.give_up()
     assert entries["one"].read(memory).data_ptr() != first.data_ptr()
+
+
+def test_experts_of_one_block_are_gone_before_those_of_the_next_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are fused from many tensors when they are read, into memory that no other block is read into."""
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    load, seen = Skeleton.load_block, []
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(self: Skeleton, index: int, entries: Any = None) -> dict[str, torch.Tensor]:
+        assert not [ref for ref in alive if ref() is not None]
+        stored = load(self, index, entries)
+        alive[:] = [weakref.ref(tensor) for name, tensor in stored.items() if "experts" in name]
+        seen.append(len(alive))
+        return stored
+
+    monkeypatch.setattr(Skeleton, "load_block", watched)
+    prune(tmp_path / "model", out=tmp_path / "out", method="magnitude", sparsity=0.5, dtype="float32", progress=False)
+    assert len(seen) >= 2 and min(seen) >= 2

@@ -218,6 +218,14 @@ def test_a_resumed_run_keeps_the_choices_it_began_with(
         assert any("as the run began: " in note and "--batch 1" in note for note in report.notes)
 
 
+def test_choices_that_another_version_journaled_are_refused(
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wanda.plan, "journaled", lambda out: {"choices": {"passes": 2}})
+    with pytest.raises(ConfigurationError, match=r"another version.*--overwrite"):
+        prune(source, out=tmp_path / "out", resume=True, calibration=text, **OPTIONS)
+
+
 def test_the_plan_is_printed_before_a_run_that_memory_has_a_say_in(
     source: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], available: Callable[[int | None], None]
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import wanda
@@ -21,6 +22,7 @@ from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
 from wanda.evaluation.grid import PRESETS, Grid, Setting
 from wanda.evaluation.perplexity import perplexity
+from wanda.plan import Choices
 from wanda.recipe import Recipe
 from wanda.report.comparison import Board
 
@@ -135,6 +137,17 @@ def test_goes_on_after_a_stop_without_redoing_cells(
     whole = wanda.compare(tiny, out=out, **options | {"calibration": str(file)})
     assert len(pruning.folders) == 9 and "5 cells of earlier comparisons" in whole.notes[0]
     assert [row["perplexity"] for row in whole.rows] == [row["perplexity"] for row in done.rows]
+
+
+def test_what_is_chosen_for_lack_of_memory_makes_no_other_cell(tiny: Path, tmp_path: Path, text: str) -> None:
+    setting = Setting(calibration=text, text=text, seqlen=24, windows=6, dtype="float32")
+    keys = []
+    for choices in (Choices("layer", 1, False), Choices("block", 1, True)):
+        plans = module._plans(str(tiny), tmp_path / "out", [Grid(methods=("wanda",), samples=(4,))], setting)
+        for _, plan in plans:
+            plan.take(choices)
+        keys.append([cell.key for cell in module._cells(plans, torch.zeros(6, 24, dtype=torch.int64))])
+    assert len(keys[0]) == 2 and keys[0] == keys[1]
 
 
 def test_failed_cells_do_not_stop_the_others_and_are_tried_again(
