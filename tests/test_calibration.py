@@ -36,7 +36,7 @@ def write_jsonl(file: Path, records: list[dict[str, object]]) -> str:
     return str(file)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), samples=st.integers(1, 20), seqlen=st.integers(1, 60))
 def test_documents_are_sampled_as_the_published_code_does(
     tmp_path_factory: pytest.TempPathFactory, seed: int, samples: int, seqlen: int

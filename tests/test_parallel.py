@@ -275,7 +275,7 @@ def test_torchrun_just_works(inputs: Path, outputs: dict[int, Path], tmp_path: P
     command += ["prune", str(inputs / model), "--out", str(tmp_path / "out"), "--dtype", "float32", *options.split()]
     command += ["--calibration", str(inputs / "text.txt")]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == digests(outputs[2] / "llama-layer")

@@ -32,7 +32,7 @@ def test_masks_have_the_counts_that_they_announce(name: str) -> None:
         assert bool((mask.view(20, -1, pattern.m).sum(dim=2) == pattern.n).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(PATTERNS)), seeds, st.integers(1, 9), st.integers(1, 6))
 def test_slices_that_fill_the_matrix_sum_to_its_count(name: str, seed: int, out: int, parts: int) -> None:
     pattern = PATTERNS[name]
@@ -42,7 +42,7 @@ def test_slices_that_fill_the_matrix_sum_to_its_count(name: str, seed: int, out:
     assert int((~torch.cat(masks, dim=1)).sum()) == pattern.removed(out, width)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.fractions(0, Fraction(99, 100), max_denominator=997),
     st.sampled_from(["row", "layer", "column", 7]),

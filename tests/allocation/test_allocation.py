@@ -19,7 +19,7 @@ shapes_of_blocks = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(ALLOCATIONS.names()),
     shapes_of_blocks,

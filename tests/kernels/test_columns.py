@@ -16,7 +16,7 @@ WAYS = ["torch", *LEVELS[: level() + 1]] if native() is not None else ["torch"]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 2100),
     n=st.one_of(st.integers(1, 70), st.integers(500, 1100)),

@@ -17,7 +17,7 @@ WAYS = ["torch", pytest.param("compiled", marks=needs_bfloat16)]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 1300),
     m=st.integers(1, 150),

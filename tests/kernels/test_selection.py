@@ -60,7 +60,7 @@ def drawn(groups: int, n: int, kind: str, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("path", WAYS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups=st.integers(1, 7),
     n=st.integers(1, 70),

@@ -38,12 +38,14 @@ GAINS: dict[tuple[str, torch.dtype, torch.dtype], tuple[Gain, ...]] = {
     ("avx512_bf16", torch.bfloat16, torch.bfloat16): (Gain(1.0, cached=True),),
     ("avx512_bf16", torch.float32, torch.float32): (Gain(HALF),),
     ("avx512_bf16", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("avx512_bf16", torch.float16, torch.float32): (Gain(HALF),),
     ("avx512", torch.float32, torch.float32): (Gain(HALF),),
     ("avx512", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("avx512", torch.float16, torch.float32): (Gain(HALF),),
     ("avx512", torch.bfloat16, torch.bfloat16): (Gain(HALF, nbytes=2 << 20),),  # above that torch's product is another
     ("avx2", torch.float32, torch.float32): (Gain(HALF, nbytes=4 << 20),),
     ("avx2", torch.bfloat16, torch.float32): (Gain(HALF),),
-}  # path, stored type, type computed in; not portable, and not float16, whose conversion costs more than it saves
+}  # path, stored type, type computed in; not portable, and not in float16, which is converted both ways
 
 
 def gains(path: str, stored: torch.dtype, computed: torch.dtype, nbytes: int, density: float, together: int) -> bool:
