@@ -29,7 +29,7 @@ from wanda.memory import FreedMemory, peak_memory
 from wanda.methods import METHODS
 from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
-from wanda.plan import EXPERTS_SHARE, Choices, Plan, choose, make_plan, needs_of, pattern_of
+from wanda.plan import BATCH_TOKENS, EXPERTS_SHARE, Choices, Plan, choose, make_plan, needs_of, pattern_of
 from wanda.recipe import Recipe
 from wanda.report import Report
 from wanda.report.card import model_card
@@ -179,8 +179,8 @@ def prune_model(
     if faults:
         raise ConfigurationError(faults)
     tokens = token_ids if needs_of(recipe) > Needs.NOTHING else None
-    length = chain.positions if chain is not None else 1024 if token_ids is None else token_ids.shape[1]
-    batch = recipe.batch or max(1, 1024 // length)
+    length = chain.positions if chain is not None else BATCH_TOKENS if token_ids is None else token_ids.shape[1]
+    batch = recipe.batch or max(1, BATCH_TOKENS // length)
     training = model.training
     model.eval()
     available = available_memory(parts.device)

@@ -22,7 +22,7 @@ from wanda.chain import channels_of, watch
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
 from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, sequence_length, stored_dtype
-from wanda.checkpoint.writer import journaled, output_faults
+from wanda.checkpoint.writer import journaled, nearest_folder, output_faults
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
@@ -35,7 +35,7 @@ from wanda.statistics import Needs, Statistics
 from wanda.walk import expert_memory, groups_of
 from wanda.weights import UNTOLD, Matrix, find_matrices, takes_routes
 
-_TOKENS = 1024  # of a micro-batch: its activations stay in the cache
+BATCH_TOKENS = 1024  # of a micro-batch: its activations stay in the cache
 _OF_CALIBRATION = frozenset(
     ("calibration", "samples", "seqlen", "seed", "skip_unreadable", "propagate", "experts", "expert_tokens", "batch")
 )  # options that nothing but a calibration uses
@@ -101,7 +101,7 @@ class Plan:
     @property
     def wanted(self) -> Choices:
         """The choices where memory is ample."""
-        return Choices(self.asked.propagate, self.asked.batch or max(1, _TOKENS // self.seqlen), False)
+        return Choices(self.asked.propagate, self.asked.batch or max(1, BATCH_TOKENS // self.seqlen), False)
 
     @property
     def choices(self) -> Choices:
@@ -113,7 +113,7 @@ class Plan:
         batch = self.asked.batch if choices.batch == self.wanted.batch else choices.batch
         self.recipe = dataclasses.replace(self.asked, propagate=choices.propagate, batch=batch)
         self.batch = choices.batch
-        self.activation_folder = _existing(self.out) if choices.in_file else None
+        self.activation_folder = nearest_folder(self.out.absolute().parent) if choices.in_file else None
 
     @property
     def share(self) -> int:
@@ -306,7 +306,7 @@ def make_plan(
         matrices,
         dense,
         seqlen,
-        recipe.batch or max(1, _TOKENS // seqlen),
+        recipe.batch or max(1, BATCH_TOKENS // seqlen),
         calibrated,
         notes=notes,
         world=world,
@@ -500,7 +500,7 @@ def _fit(plan: Plan, neighbours: int, begun: Choices | None) -> None:
     available = available_memory(plan.skeleton.device)
     most = None if available is None else available // EXPERTS_SHARE
     limits = _limits(plan, neighbours)
-    room = shutil.disk_usage(_existing(plan.out)).free - plan.checkpoint.nbytes
+    room = shutil.disk_usage(nearest_folder(plan.out.absolute().parent)).free - plan.checkpoint.nbytes
     why, tried = "", []
     for choices in _ways(plan, room) if begun is None else [begun]:
         plan.take(choices)
@@ -541,7 +541,7 @@ def _too_little(plan: Plan, limit: _Limit, needs: Needs, room: int) -> str:
         cures.append(f"leave such layers dense with --exclude {_kind(largest.name)!r}")
     if plan.calibrated and plan.activation_folder is None and _between(plan, plan.recipe.propagate) > room:
         text += f". The file of activations would take {size(_between(plan, plan.recipe.propagate))}, and "
-        text += f"{_existing(plan.out)} has {size(max(0, room))} beside the result"
+        text += f"{nearest_folder(plan.out.absolute().parent)} has {size(max(0, room))} beside the result"
         cures.append("take fewer samples")
     if plan.calibrated:
         cures.append("take fewer images" if plan.image is not None else "take shorter samples (--seqlen)")
@@ -557,14 +557,6 @@ def _gram_memory(plan: Plan, matrix: Matrix) -> int:
 def _gigabytes(count: int) -> str:
     """Bytes as --memory takes them, rounded up: that much is enough."""
     return f"{math.ceil(count / 1e7) / 100:.2f}GB"
-
-
-def _existing(out: Path) -> Path:
-    """The folder in which `out` is made, or the nearest one above it that exists: where files of activations go."""
-    folder = out.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _experts_notes(plan: Plan, needs: Needs) -> list[str]:

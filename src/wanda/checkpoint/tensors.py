@@ -284,4 +284,6 @@ def _pieces(tensor: Tensor | Entry) -> Iterator[memoryview | bytes]:
     if isinstance(tensor, Entry):
         yield from tensor.pieces()
     elif tensor.nbytes:
-        yield bytes_of(tensor.detach().cpu().contiguous())
+        whole = bytes_of(tensor.detach().cpu().contiguous())
+        for first in range(0, len(whole), _PIECE):
+            yield whole[first : first + _PIECE]

@@ -65,9 +65,7 @@ def output_faults(
         faults.append(f"--out {out} is a file; choose a folder")
     elif _filled(out) and not overwrite and not (resume and command == "prune" and (out / _REPORT).is_file()):
         faults.append(f"--out {out} is not empty; choose another folder or pass --overwrite")
-    existing = out.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_folder(out)
     if existing.is_dir() and not os.access(existing if existing != out.absolute() else existing.parent, os.W_OK):
         faults.append(f"--out {out} cannot be made: {existing} is not writable; choose another folder")
     elif not existing.is_dir() and existing != out.absolute():
@@ -80,6 +78,14 @@ def output_faults(
                 "--overwrite, or choose another --out"
             )
     return faults
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def partial_folder(out: Path) -> Path:

@@ -194,11 +194,10 @@ def _names(recipes: Sequence[Recipe]) -> list[str]:
 
 def _room(out: Path, plans: Sequence[tuple[Recipe, Plan]], setting: Setting) -> list[str]:
     """Whether the disk has room for a pruned model, or for all that are to be kept."""
+    from wanda.checkpoint.writer import nearest_folder
+
     need = plans[0][1].checkpoint.nbytes * (len(plans) if setting.keep else 1)
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_folder(out)).free
     if need <= free:
         return []
     return [

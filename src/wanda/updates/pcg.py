@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from wanda.errors import RunError
+from wanda.factors import RAISES
 from wanda.statistics import Needs
 from wanda.updates import UPDATES, Problem
 
 STEPS = 10
-RAISES = 9  # of the damping, tenfold each
 
 
 @UPDATES.register
