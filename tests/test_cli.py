@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from models import LINES, tiny_llama
-from wanda.cli import COMMANDS
+from wanda.cli import COMMANDS, main
+from wanda.pipeline import BlockLoop
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -35,6 +36,38 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockLoop, "_prune", stop)
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(tiny), "--out", str(tmp_path / "out"), "--method", "magnitude"])
+    assert ended.value.code == 130
+    assert "wanda: stopped; " in (told := capsys.readouterr().err) and "--resume" in told
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_one_message(
+    error: Exception,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(BlockLoop, "_prune", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(tiny), "--out", str(tmp_path / "out"), "--method", "magnitude"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in told
+    assert "memory ran out in block 1 of 4" in told and "--memory" in told
 
 
 def test_prune_inspect_and_repeat(tmp_path: Path, text: str) -> None:

@@ -37,6 +37,8 @@ from wanda.updates import UPDATES
         ({"update": "pcg+obs"}, "obs chooses a mask anew and cannot come after pcg"),
         ({"update": "pcg+admm-iterative"}, "admm-iterative chooses a mask anew"),
         ({"update": "pcg+none"}, "none chooses a mask anew"),
+        ({"update": "pcg+admm"}, "pcg before it, which keeps the mask, would be for nothing"),
+        ({"update": "obs+pcg+obs-sequential"}, "pcg before it, which keeps the mask, would be for nothing"),
         ({"update": "swap", "group": "column"}, "breaks the counts of the group column"),
         ({"update": "swap", "method": "sparsegpt"}, "breaks the counts of the group block:128"),
         ({"pattern": "2:4", "allocation": "owl"}, "owl cannot vary the pattern 2:4"),

@@ -218,6 +218,13 @@ def test_a_resumed_run_keeps_the_choices_it_began_with(
         assert any("as the run began: " in note and "--batch 1" in note for note in report.notes)
 
 
+def test_a_method_whose_repair_is_for_nothing_says_so(source: Path, text: str) -> None:
+    said = "hands no error on, so that best repairs no inherited errors"
+    assert any(said in note for note in plan_of(source, text, method="best", propagate="none").notes)
+    assert not any(said in note for note in plan_of(source, text, method="best").notes)
+    assert not any(said in note for note in plan_of(source, text, method="fast", propagate="none").notes)
+
+
 def test_choices_that_another_version_journaled_are_refused(
     source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

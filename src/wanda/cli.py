@@ -14,6 +14,7 @@ app = App(
     name="wanda",
     help="Makes pretrained models smaller and faster without retraining.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says how to go on
 )
 COMMANDS = {
     "demo": "Prune a small real model and show what that does to it.",

@@ -77,6 +77,13 @@ class Composition:
         needs = [UPDATES.get(name).needs for name in self.update.split("+")]
         return max(needs + ([SCORES.get(self.score).needs] if self.score else []))
 
+    @property
+    def factor_memory(self) -> int:
+        """Matrices of the Gram matrix's size, beside it, that are alive at once while a factor is made of it."""
+        parts: list[Any] = [UPDATES.get(name) for name in self.update.split("+")]
+        parts += [SCORES.get(self.score)] if self.score else []
+        return max(getattr(part, "factor_memory", 4) if part.needs == Needs.GRAM else 0 for part in parts)
+
     def panels(self, pattern: Pattern, out: int, width: int) -> list[slice]:
         """Slices of the rows of an [out, width] matrix whose pruning, one by one, gives what the whole matrix's gives.
 
@@ -229,9 +236,15 @@ def _parsed(parse: Callable[[str], Any], text: str, found: list[str]) -> Any:
 
 
 def _chain_faults(links: list[Any]) -> list[str]:
-    """A first link chooses the mask, every later one keeps the mask it is handed."""
+    """A first link chooses the mask, every later one keeps the mask it is handed; none is for nothing."""
     chained = [name for name in UPDATES.names() if UPDATES.get(name).takes_chain]
-    return [
+    lost = [
+        f"the update {link.name} starts at the dense weights again, so that {before.name} before it, which keeps the"
+        " mask, would be for nothing: leave it out, or put it last"
+        for before, link in itertools.pairwise(links)
+        if link is not None and before is not None and getattr(link, "restarts", False) and before.takes_chain
+    ]
+    return lost + [
         f"the update {link.name} chooses a mask anew and cannot come after {before.name if before else 'another'}"
         f": put it first; {', '.join(chained)} can follow"
         for before, link in itertools.pairwise(links)

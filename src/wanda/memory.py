@@ -48,6 +48,14 @@ def reuse_memory() -> None:
             mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's own, or torch's for a CPU or an accelerator."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 def give_back() -> None:
     """Hand the memory that this process has freed back to the system, where glibc keeps it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other allocators have none

@@ -25,7 +25,7 @@ from wanda.composition import Composition, finite
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.selection import clear_lost
-from wanda.memory import FreedMemory, peak_memory
+from wanda.memory import FreedMemory, peak_memory, ran_out
 from wanda.methods import METHODS
 from wanda.parallel import Ranks
 from wanda.patterns import Pattern, Unstructured, Variant, exact
@@ -396,7 +396,8 @@ class BlockLoop:
                 self.pruner.rows += done[index]
             else:
                 stored = self.parts.load_block(index)
-                self._prune(index, stored, calls[index], hidden, dense)
+                with self._told_of_memory(index):
+                    self._prune(index, stored, calls[index], hidden, dense)
                 if writer is not None:
                     writer.write_block(index, self._shard(index, stored), self._rows(index))
                 self.parts.drop_block(index)
@@ -404,6 +405,22 @@ class BlockLoop:
             freed.give_back()
             calls[index] = []
             progress.block(index, self._rows(index))
+
+    @contextlib.contextmanager
+    def _told_of_memory(self, index: int) -> Iterator[None]:
+        """An allocation that fails becomes a RunError, which names the block: no plan can see every limit."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            largest = max(self.matrices[index], key=lambda matrix: matrix.numel, default=None)
+            what = f" (its largest matrix: {largest.name})" if largest is not None else ""
+            raise RunError(
+                f"memory ran out in block {index + 1} of {len(self.matrices)}{what}: something outside this program"
+                " limits it (ulimit, a container, an accelerator); name the limit with --memory, so that the plan keeps"
+                " to it, and start anew with --overwrite"
+            ) from error
 
     def _record(self, hidden: Activations | None) -> list[list[Call]]:
         """The arguments of every block (per block, per micro-batch); `hidden` gets what enters the first."""

@@ -28,6 +28,7 @@ from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
 from wanda.images import PREFIX, calibration_images, is_images, load_processor, pixel_values
 from wanda.memory import resident_memory
+from wanda.methods import METHODS
 from wanda.patterns import NM, Pattern, Unstructured, Variant, exact, group_named
 from wanda.recipe import Recipe, parse_bytes
 from wanda.report.tables import size
@@ -290,6 +291,8 @@ def make_plan(
         raise ConfigurationError(faults)
     asked, recipe = recipe, recipe.resolved()
     needs, notes = needs_of(recipe), _blocks_notes(skeleton)
+    if asked.inherit is None and asked.propagate == "none" and asked.method and METHODS.get(asked.method).inherit:
+        notes.append(f"--propagate none hands no error on, so that {asked.method} repairs no inherited errors")
     calibrated = needs > Needs.NOTHING
     image = image_shape(skeleton, recipe) if calibrated else None
     unused = sorted(asked.changed() & _OF_CALIBRATION) if not calibrated else []
@@ -538,6 +541,7 @@ def _too_little(plan: Plan, limit: _Limit, needs: Needs, room: int) -> str:
         text += f". The Gram matrix of {largest.name} ({largest.width} inputs) and the factor made of it"
         text += f" take {size(taken)} of that, however few the samples"
         cures.append(f"take a method that needs none (--method wanda: the least is {_gigabytes(without)})")
+        cures += ["leave inherited errors as they are (--inherit 0)"] if plan.asked.inherit else []
         cures.append(f"leave such layers dense with --exclude {_kind(largest.name)!r}")
     if plan.calibrated and plan.activation_folder is None and _between(plan, plan.recipe.propagate) > room:
         text += f". The file of activations would take {size(_between(plan, plan.recipe.propagate))}, and "
@@ -603,7 +607,8 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
             widths = {m.width for m in plan.matrices[index] if m.expert is None}
             one = max(widths, default=0) ** 2 * 4
             kept = sum(w * w * 4 for w in widths) * (1 if recipe.propagate == "layer" else 2)
-            grams = (kept + one * 4) * (2 if recipe.inherit else 1) + _experts_at_once(plan, index, needs)
+            factor = Composition(recipe.score, recipe.update or "none").factor_memory * one
+            grams = kept * (2 if recipe.inherit else 1) + factor + _experts_at_once(plan, index, needs)
         in_flight = at_once * itemsize * (2 * hidden_size + 3 * width) if plan.calibrated else 0
         in_flight *= 2 if recipe.inherit and recipe.propagate == "layer" else 1
         # Experts that lie one by one in the files are fused when they are read, and taken apart to be written.

@@ -150,6 +150,25 @@ def test_what_is_chosen_for_lack_of_memory_makes_no_other_cell(tiny: Path, tmp_p
     assert len(keys[0]) == 2 and keys[0] == keys[1]
 
 
+def test_grids_without_sense_are_told_with_everything_else(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        wanda.compare(tiny, out=tmp_path / "out", propagate="sideways", text="wikitex", windows=0, progress=False)
+    for part in ("sideways is not a way", "no method is named", "did you mean wikitext2", "--windows 0"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_finished_cells_are_not_kept_and_that_is_said(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str
+) -> None:
+    options = SHARED | {"calibration": text, "text": text, "methods": ["magnitude"], "sparsity": 0.5}
+    wanda.compare(tiny, out=tmp_path / "out", **options)
+    again = wanda.compare(tiny, out=tmp_path / "out", keep=True, memory="64GB", **options)
+    assert len(pruning.folders) == 1 and any(
+        "--keep keeps" in note and "2 were finished" in note for note in again.notes
+    )
+
+
 def test_failed_cells_do_not_stop_the_others_and_are_tried_again(
     pruning: Pruning, tiny: Path, tmp_path: Path, text: str
 ) -> None:

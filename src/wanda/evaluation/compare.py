@@ -141,9 +141,15 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
     from wanda.checkpoint.source import classifies_images, load_config, resolve
     from wanda.plan import make_plan
 
-    recipes = list(dict.fromkeys(recipe for grid in grids for recipe in grid.recipes(setting)))
-    names = _names(recipes)
     faults = [f"--text: {fault}" for fault in check_source(setting.text)]
+    once: dict[Recipe, None] = {}
+    for grid in grids:
+        try:
+            once.update(dict.fromkeys(grid.recipes(setting)))
+        except ConfigurationError as error:
+            faults += error.faults
+    recipes = list(once)
+    names = _names(recipes)
     if setting.windows is not None and setting.windows < 1:
         faults.append(f"--windows {setting.windows} has to be at least 1")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).exists():
@@ -232,7 +238,11 @@ def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
     cells = {(key := _digest(common)): Cell("dense", key, None, None)}
     for name, (recipe, plan) in zip(_names([recipe for recipe, _ in plans]), plans, strict=True):
         # As asked: what is chosen for the sake of memory differs from hour to hour, and is in the notes.
-        resolved = plan.asked.as_dict() | {"seqlen": plan.seqlen, "calibration": sources.name_of(recipe.calibration)}
+        resolved = plan.asked.as_dict() | {
+            "seqlen": plan.seqlen,
+            "calibration": sources.name_of(recipe.calibration),
+            "memory": None,
+        }
         if not plan.calibrated:
             resolved |= dict.fromkeys(_CALIBRATION)
         if recipe.pattern is not None:
@@ -323,6 +333,8 @@ def _run(
             rows[cell.key] |= cell.row()  # under their names of today
     result.rows = [rows[cell.key] for cell in cells if cell.key in rows]
     _write(result, earlier)
+    if setting.keep and (reused := sum(cell.key in rows for cell in cells)):
+        result.notes.append(f"--keep keeps the models of cells that are pruned now; {reused} were finished before")
     with Board([cell.name for cell in cells], progress) as board:
         for number, cell in enumerate(cells):
             if cell.key in rows:

@@ -74,13 +74,14 @@ class Grid:
     def recipes(self, setting: Setting) -> Iterator[Recipe]:
         """A recipe a cell, methods first, seeds last; raises ConfigurationError for a grid without methods."""
         grid = self.filled()
+        faults = [
+            f"--propagate {way} is not a way through a block: none, block or layer"
+            for way in sorted(set(grid.propagate) - {"none", "block", "layer"})
+        ]
         if not grid.methods:
-            raise ConfigurationError("no method is named: choose some (--methods wanda,sparsegpt) or a --preset")
-        wrong = sorted(set(grid.propagate) - {"none", "block", "layer"})
-        if wrong:
-            raise ConfigurationError(
-                [f"--propagate {way} is not a way through a block: none, block or layer" for way in wrong]
-            )
+            faults.append("no method is named: choose some (--methods wanda,sparsegpt) or a --preset")
+        if faults:
+            raise ConfigurationError(faults)
         extents: list[dict[str, Any]] = [{"sparsity": s} for s in grid.sparsity]
         extents += [{"pattern": p} for p in grid.pattern]
         axes = (
@@ -115,6 +116,7 @@ class Grid:
                 exclude=setting.exclude,
                 dtype=setting.dtype,
                 device=setting.device,
+                memory=setting.memory,
                 trust_remote_code=setting.trust_remote_code,
                 **extent,
             )
@@ -156,6 +158,8 @@ class Setting:
     """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    memory: str | None = None
+    """Peak memory of a pruning process, such as 4GB; what does not fit is chosen otherwise or refused."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model."""
     keep: Annotated[bool, Parameter(negative="")] = False

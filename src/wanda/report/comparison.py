@@ -24,6 +24,7 @@ from rich.table import Table
 RESULTS = "results.json"
 MEASURED = ("sparsity", "perplexity", "seconds", "peak_memory_bytes", "relative_error", "measure_seconds")
 AXES = ("method", "score", "group", "update", "allocation", "inherit", "propagate", "variant", "pattern")
+_WORD = 28  # the longest word of a table's first column that is not broken on a narrow terminal
 _SAMPLING = ("calibration", "samples", "seqlen", "seed")
 
 
@@ -164,9 +165,17 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    words = [word for name in (header[0], *(row[0] for row in rows)) for word in name.split()]
+    longest = min(_WORD, max(map(len, words)))  # the first column breaks at blanks
     table = Table()
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+        first = place == 0
+        table.add_column(
+            name if first else name.replace(" ", "\n"),  # narrow: the first column needs the room
+            justify="left" if first else "right",
+            overflow="fold",
+            min_width=longest if first else 1,
+        )
     for row in rows:
         table.add_row(*(escape(value) for value in row))
     console.print(table)
@@ -174,10 +183,8 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
 
 def _headline(comparison: Comparison) -> str:
     facts = comparison.facts
-    return (
-        f"{facts['model']}: perplexity on {facts['windows']} windows of {facts['seqlen']} tokens of {facts['text']}, "
-        f"{facts['dtype']}"
-    )
+    windows = f"{facts['windows']} window{'s' if facts['windows'] != 1 else ''} of {facts['seqlen']} tokens"
+    return f"{facts['model']}: perplexity on {windows} of {facts['text']}, {facts['dtype']}"
 
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -224,7 +231,8 @@ def _markdown(comparison: Comparison) -> str:
     ]
     lines += ["(exact with a Gram matrix, estimated from input norms without one)."]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines += [f"{facts['threads']} threads; {versions}."]
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    lines += [f"{threads}; {versions}."]
     failed = [f"- {row['name']}: {row['error']}" for row in comparison.rows if row["error"]]
     notes = [f"- {note}" for note in comparison.notes]
     having: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ class Score(Protocol):
     """How much each weight of a matrix matters.
 
     by_row: a row's scores come from that row and the statistics alone, so that rows can be scored a few at a time, in
-        less memory; may be left out, which is False.
+        less memory; may be left out, which is False. factor_memory: as an update's, for one that needs Gram matrices.
     """
 
     name: ClassVar[str]

@@ -14,6 +14,7 @@ class OBS:
     """The error that removing the weight leaves when the later columns make up for it; 0 at dead inputs."""
 
     needs = Needs.GRAM
+    factor_memory = 4
     by_row = False
 
     def prepare(self, weight, statistics):

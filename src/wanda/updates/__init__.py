@@ -62,7 +62,12 @@ class Problem:
 
 
 class Update(Protocol):
-    """Solves a Problem: returns (weights float32, mask bool), both [out, in]; weights are zero where mask is False."""
+    """Solves a Problem: returns (weights float32, mask bool), both [out, in]; weights are zero where mask is False.
+
+    May be left out: restarts (starts at the dense weights again and takes only the mask of what is before it in a
+    chain; False), factor_memory (matrices of the Gram matrix's size that are alive at once while a factor is made of
+    it; 4).
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs]

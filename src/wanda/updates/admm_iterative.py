@@ -18,6 +18,7 @@ class IterativeADMM:
     takes_chain = False
     solves = True
     within_rows = False
+    factor_memory = 3
     rises = 15  # steps over which the sparsity rises
     relaxation = 1.0
     reduced = False

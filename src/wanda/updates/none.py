@@ -18,6 +18,7 @@ class NoUpdate:
     takes_chain = False
     solves = False
     within_rows = False
+    factor_memory = 0
 
     def __call__(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         mask = problem.select(problem.weight, slice(None))

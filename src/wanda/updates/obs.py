@@ -24,6 +24,7 @@ class IterativeSweep:
     takes_chain = False
     solves = True
     within_rows = False
+    factor_memory = 4
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         pattern, width = problem.pattern, problem.weight.shape[1]

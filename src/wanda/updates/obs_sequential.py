@@ -18,6 +18,8 @@ class SequentialSweep:
     takes_chain = True
     solves = True
     within_rows = False
+    factor_memory = 4
+    restarts = True
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         mask = problem.select(problem.weight, slice(None)) if problem.mask is None else problem.mask

@@ -25,6 +25,7 @@ class PCG:
     takes_chain = True
     solves = True
     within_rows = False
+    factor_memory = 0
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         gram = problem.statistics.gram
@@ -62,7 +63,8 @@ def refit(
 ) -> bool:
     """Refit some rows [rows, in] into out; False when a direction of no or negative curvature shows up.
 
-    Every product is p G + d p in one call, so that the damped matrix is never formed.
+    A row whose residual has come down to rounding errors is done: its curvature would say nothing. Every product
+    is p G + d p in one call, so that the damped matrix is never formed.
     """
     keep = mask.to(weight.dtype)
     scale = gram.diagonal() + damping  # the preconditioner [in]
@@ -76,19 +78,21 @@ def refit(
     z = residual * inverse_scale
     direction = z.clone()
     rz = torch.linalg.vecdot(residual, z)[:, None]
+    rounding = rz * torch.finfo(rz.dtype).eps ** 2
     image = error  # its memory
     for step in range(STEPS):
         torch.addmm(direction, direction, gram, beta=damping, out=image).mul_(keep)
         curvature = torch.linalg.vecdot(direction, image)[:, None]
-        if bool(((curvature <= 0) & (rz > 0)).any()):
+        going = rz > rounding
+        if bool(((curvature <= 0) & going).any()):
             return False
-        length = torch.where(rz > 0, rz / curvature, 0)
+        length = torch.where(going, rz / curvature, 0)
         solution.addcmul_(direction, length)
         if step == STEPS - 1:
             break
         residual.addcmul_(image, length, value=-1)
         torch.mul(residual, inverse_scale, out=z)
         rz_new = torch.linalg.vecdot(residual, z)[:, None]
-        direction.mul_(torch.where(rz > 0, rz_new / rz, 0)).add_(z)
+        direction.mul_(torch.where(going, rz_new / rz, 0)).add_(z)
         rz = rz_new
     return True

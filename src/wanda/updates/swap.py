@@ -30,6 +30,7 @@ class Swap:
     takes_chain = False
     solves = True
     within_rows = True
+    factor_memory = 0
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         gram = problem.statistics.gram
