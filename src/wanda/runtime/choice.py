@@ -3,8 +3,8 @@
 A packed product reads fewer bytes but places every value where it belongs, which costs time for each weight. So packing
 gains where the bytes come from memory and the kernel is fast, and loses where a matrix lies in the cache or torch's own
 product computes faster than our kernel expands. The numbers are of two machines (docs/runtime.md), taken so that
-packing did not lose against torch as it is, nor against torch held to the instructions of the path. They are fixed, so that two
-runs give the same text.
+packing did not lose against torch as it is, nor against torch held to the instructions of the path. They are fixed, so
+that two runs give the same text.
 """
 
 from __future__ import annotations
