@@ -20,7 +20,7 @@ from rich.console import Console
 import wanda
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
-from wanda.evaluation.grid import PRESETS, Grid, Setting
+from wanda.evaluation.grid import PRESETS, Grid, Setting, label
 from wanda.evaluation.perplexity import perplexity
 from wanda.plan import Choices
 from wanda.recipe import Recipe
@@ -148,6 +148,24 @@ def test_what_is_chosen_for_lack_of_memory_makes_no_other_cell(tiny: Path, tmp_p
             plan.take(choices)
         keys.append([cell.key for cell in module._cells(plans, torch.zeros(6, 24, dtype=torch.int64))])
     assert len(keys[0]) == 2 and keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "axes", "expected"),
+    [
+        ("wanda", {"score": "obs"}, "obs"),
+        ("wanda", {"score": "obs", "group": "column"}, "obs group=column"),
+        ("wanda", {"score": "magnitude", "update": "pcg"}, "magnitude update=pcg"),
+        ("ria", {"score": "wanda"}, "ria score=wanda"),  # in ria's group
+        ("ria", {"score": "wanda", "group": "row"}, "wanda group=row"),
+        ("owl", {"score": "ria"}, "owl score=ria"),
+        ("sparsegpt", {"score": "wanda"}, "sparsegpt score=wanda"),
+        ("wnda", {"score": "obs"}, "wnda score=obs"),
+        ("wanda", {}, "wanda"),
+    ],
+)
+def test_labels_name_what_is_left_of_a_method(method: str, axes: dict[str, str], expected: str) -> None:
+    assert label(Recipe(method=method, **axes)) == expected
 
 
 def test_grids_without_sense_are_told_with_everything_else(tiny: Path, tmp_path: Path) -> None:

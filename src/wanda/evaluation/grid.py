@@ -179,10 +179,31 @@ def options_of(cls: type[T], options: Mapping[str, Any]) -> T:
 
 
 def label(recipe: Recipe) -> str:
-    """The method with everything that was named beside it: what a line of a plot is called."""
-    named = ("score", "group", "update", "allocation", "inherit", "propagate")
+    """The method with everything that was named beside it: what a line of a plot is called.
+
+    The score alone stands for a method of which nothing but a score would be left.
+    """
+    named = ["score", "group", "update", "allocation", "inherit", "propagate"]
+    lead = recipe.method
+    if recipe.score is not None and _only_scores(recipe):
+        lead = recipe.score
+        named.remove("score")
     parts = [f"{axis}={getattr(recipe, axis)}" for axis in named if getattr(recipe, axis) is not None]
-    return " ".join([recipe.method, *(["variant"] if recipe.variant else []), *parts])
+    return " ".join([lead, *(["variant"] if recipe.variant else []), *parts])
+
+
+def _only_scores(recipe: Recipe) -> bool:
+    """Whether the method says nothing but a score, or what it says is replaced."""
+    from wanda.methods import METHODS
+
+    if recipe.method not in METHODS.names():
+        return False
+    method = METHODS.get(recipe.method)
+    plain = {"group": "row", "update": "none", "allocation": "uniform"}
+    return all(
+        getattr(method, axis) == value or (axis == "group" and recipe.group is not None)
+        for axis, value in plain.items()
+    )
 
 
 def extent(recipe: Recipe) -> str:
