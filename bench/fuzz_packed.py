@@ -203,11 +203,12 @@ def attempt(folder: Path, original: Path | None) -> str:
     module = native()
     best = module.best_level() if module is not None else 0
     for matrix in checkpoint.matrices.values():
-        matrix.dense()
         for level in range(best + 1):
             kernels.level = lambda level=level: level  # type: ignore[attr-defined]
-            for columns in (1, 5, 33):
-                matrix.multiply(torch.ones(columns, matrix.width, dtype=matrix.dtype))
+            for dtype in {matrix.dtype, torch.float32}:
+                matrix.dense(dtype=dtype)
+                for columns in (1, 5, 33):
+                    matrix.multiply(torch.ones(columns, matrix.width, dtype=dtype))
     return "worked"
 
 
