@@ -79,6 +79,8 @@ def load(
         folder = resolve(path, trust_remote_code)
         return convert(load_model(folder, _stored(folder), "cpu", trust_remote_code))
     computed = computed_dtype(folder, dtype)
+    if dtype == "auto" and computed == torch.float32 and stored_dtypes(folder) != {torch.float32}:
+        _say("this CPU does not multiply bfloat16 itself, so the model computes in float32")
     if native() is None:
         if prefer == "memory":
             raise ConfigurationError(
@@ -87,8 +89,6 @@ def load(
             )
         return _all_dense(folder, computed, trust_remote_code)
     checkpoint = open_packed(folder)
-    if dtype == "auto" and computed == torch.float32 and stored_dtypes(folder) != {torch.float32}:
-        _say("this CPU does not multiply bfloat16 itself, so the model computes in float32")
     dense = set() if prefer == "memory" else without_gain(checkpoint.matrices, computed)
     if dense:
         _say(
