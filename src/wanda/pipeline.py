@@ -395,8 +395,8 @@ class BlockLoop:
                 self._replay(index, calls[index], hidden, dense, entries)
                 self.pruner.rows += done[index]
             else:
-                stored = self.parts.load_block(index)
                 with self._told_of_memory(index):
+                    stored = self.parts.load_block(index)
                     self._prune(index, stored, calls[index], hidden, dense)
                 if writer is not None:
                     writer.write_block(index, self._shard(index, stored), self._rows(index))
