@@ -54,9 +54,7 @@ def pack_command(model: str, *, out: Path, options: Options | None = None) -> No
         print("no matrix is sparse enough for packing to pay; everything stays dense")
     if summary.left_dense:
         names = ", ".join(summary.left_dense[:3]) + (", ..." if len(summary.left_dense) > 3 else "")
-        print(
-            f"{len(summary.left_dense)} matrices with some zeros stay dense, since packing them does not pay: {names}"
-        )
+        print(f"dense in spite of some zeros, since packing does not pay ({len(summary.left_dense)}): {names}")
     print(
         f"all tensors: {summary.folder_before / 1e6:.1f} MB -> {summary.folder_after / 1e6:.1f} MB "
         f"({summary.folder_after / max(1, summary.folder_before):.3f}); written to {out}"
