@@ -85,6 +85,10 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
             matrix_product(&p, level, 2, 0);
             wrong |= compare(&p, dense, "rows", level);
         }
+        if (level == LEVEL_AVX2) {
+            matrix_product_spmm(&p, 2, 0);
+            wrong |= compare(&p, dense, "spmm", level);
+        }
         if (tiles) {
             matrix_product_tiled(&p, 2, 0);
             wrong |= compare(&p, dense, "tiles", level);

@@ -69,7 +69,7 @@ def test_products_of_all_widths_and_columns(path: str, dtype: torch.dtype, width
         assert packed.fault() is None
         for computed in {dtype, torch.float32}:
             bias = torch.randn(out).to(computed)
-            for columns in (1, 2, 3, 5, 7, 12, 16, 50):
+            for columns in (1, 2, 3, 5, 7, 12, 16, 50, 131):
                 x = torch.randn(columns, width).to(computed)
                 assert_product(packed.multiply(x), weight, x, None)
                 assert_product(packed.multiply(x, bias), weight, x, bias)

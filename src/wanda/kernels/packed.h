@@ -9,7 +9,8 @@
 enum { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVELS };
 enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
-       FEW_COLUMNS = 8,   /* from there on the tiled product is faster, where there is one */
+       FEW_COLUMNS = 8,   /* from there on the tiled product is faster, where there is one, */
+       SOME_COLUMNS = 12, /* and from there on the one that skips zeros */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 
 /* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
@@ -35,8 +36,8 @@ typedef struct {
 
 int best_level(void); /* of this processor and operating system */
 
-/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number where there is a tiled product. A dense matrix
-   only there. */
+/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number at LEVEL_AVX2, and where there is a tiled
+   product. A dense matrix only there. */
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool);
 
 /* Writes rows [first, last) as dense [last - first, width] elements of a kind: the matrix's, or KIND_F32. */
@@ -57,5 +58,9 @@ void gather_survivors(const matrix *m, const void *dense, void *values, int thre
 /* out [columns, rows] for any number of columns, x and out bfloat16: tiles are expanded into cache and multiplied
    there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 where it is not compiled. */
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
+
+/* out [columns, rows] for any number of columns and any kind: removed weights are skipped, survivors multiplied in
+   float32. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not compiled. */
+int matrix_product_spmm(const product *p, int threads, gomp_parallel pool);
 
 #endif

@@ -188,7 +188,7 @@ class PackedMatrix:
         columns = x.reshape(math.prod(x.shape[:-1]), self.width)
         if columns.stride(1) != 1:
             columns = columns.contiguous()
-        if native() is None or (columns.shape[0] > COLUMNS and not (tiled(self.dtype) and x.dtype == self.dtype)):
+        if native() is None or (columns.shape[0] > COLUMNS and not _multiplies_many(self.dtype, x.dtype)):
             parts = [
                 functional.linear(columns, self.dense(a, b, x.dtype), None if bias is None else bias[a:b])
                 for a, b in self._tiles()
@@ -206,8 +206,13 @@ class PackedMatrix:
 
 
 def tiled(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel of our own for more than COLUMNS columns, and for dense matrices."""
+    """Whether there is the tiled product of bfloat16: any number of columns, and dense matrices."""
     return dtype == torch.bfloat16 and native() is not None and LEVELS[level()] == "avx512_bf16"
+
+
+def _multiplies_many(stored: torch.dtype, computed: torch.dtype) -> bool:
+    """Whether there is a kernel of our own for more than COLUMNS columns."""
+    return LEVELS[level()] == "avx2" or (tiled(stored) and stored == computed)
 
 
 def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None) -> Tensor:
