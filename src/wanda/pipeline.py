@@ -35,6 +35,7 @@ from wanda.report import Report
 from wanda.report.card import model_card
 from wanda.report.progress import Progress
 from wanda.report.tables import print_start
+from wanda.shared import Shared
 from wanda.statistics import Needs, Statistics
 from wanda.walk import Job, Walk
 from wanda.weights import Matrix
@@ -55,6 +56,7 @@ def prune(
     progress: bool = True,
     command: str | None = None,
     ranks: Ranks | None = None,
+    shared: Path | None = None,
     **options: Any,
 ) -> Report | Plan:
     """Prune a checkpoint into another one, a block at a time; the whole model is never in memory.
@@ -66,6 +68,8 @@ def prune(
     dry_run: return the Plan, loading no weights. progress: show a bar, or log lines without a terminal.
     command: the command line to be told in the model card.
     ranks: the processes that share the run, each of which calls this; see wanda.parallel.
+    shared: an existing folder in which runs on this very model keep what the next ones need too: the calibration's
+    token ids, an allocation's figures of the dense blocks. The seconds reported are those of a run by itself.
     Returns the Report that is also written to `out`/wanda.json. Raises ConfigurationError with all faults, before
     anything is loaded or written; RunError for a fault on the way, leaving a resumable `out`.partial.
     """
@@ -79,7 +83,8 @@ def prune(
     if progress and ranks.leads and (plan.asked.memory is not None or plan.choices != plan.wanted):
         print_start(plan)
     start = time.perf_counter()
-    tokens, notes = plan.calibration_tokens() if ranks.leads else (None, [])
+    common = Shared(shared, ranks.world)
+    tokens, notes = _calibration(plan, common) if ranks.leads else (None, [])
     tokens = ranks.tokens(tokens)
     identity = {
         "recipe": plan.asked.as_dict(),
@@ -106,10 +111,12 @@ def prune(
             plan.activation_folder,
             ranks,
             plan.experts_memory,
+            common,
         )
         with Progress(len(plan.matrices), progress and ranks.leads) as bar:
             loop.run(bar, writer)
-        report = Report.of(plan, loop.pruner.rows, notes, time.perf_counter() - start, command)
+        seconds = time.perf_counter() - start + common.seconds
+        report = Report.of(plan, loop.pruner.rows, [*notes, *common.notes()], seconds, command)
         if writer is not None:
             report.identity = writer.write_rest()
             writer.finish(
@@ -130,6 +137,22 @@ def prune(
         if writer is not None:
             writer.close()
     return report
+
+
+def _calibration(plan: Plan, shared: Shared) -> tuple[Tensor | None, list[str]]:
+    """The plan's calibration and notes on it; token ids are shared, images (which are large and quickly read) not."""
+    if not plan.calibrated or plan.image is not None:
+        return plan.calibration_tokens()
+
+    def make() -> dict[str, Any]:
+        tokens, notes = plan.calibration_tokens()
+        assert tokens is not None
+        return {"ids": tokens.tolist(), "notes": notes}
+
+    recipe = plan.recipe
+    depends = {name: getattr(recipe, name) for name in ("calibration", "samples", "seed")} | {"seqlen": plan.seqlen}
+    kept = shared.take("the calibration's token ids", lambda: depends, make)
+    return torch.tensor(kept["ids"], dtype=torch.int64), kept["notes"]
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -353,7 +376,9 @@ class BlockLoop:
         activation_folder: Path | None = None,
         ranks: Ranks | None = None,
         experts_memory: int | None = None,
+        shared: Shared | None = None,
     ):
+        self.shared = shared or Shared()
         self.experts_memory = experts_memory
         self.parts, self.recipe, self.matrices, self.batch = parts, recipe, matrices, batch
         self.ranks = ranks or Ranks()
@@ -441,24 +466,50 @@ class BlockLoop:
             return [Fraction(text) for text in known]
         assert self.recipe.allocation is not None
         allocation = ALLOCATIONS.get(self.recipe.allocation)
-        measures = [BlockMeasure(0.0, sum(matrix.numel for matrix in matrices)) for matrices in self.matrices]
+        values = [0.0] * len(self.matrices)
         if allocation.measures:
-            stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
-            for index, measure in enumerate(measures):
-                value = self._measure(allocation, index, calls[index], stream)
-                if writer is not None:
-                    writer.look_at(index)
-                measures[index] = BlockMeasure(value, measure.weights)
-                progress.measured(index)
-            if stream is not None:
-                stream.close()
+            values = self.shared.take(
+                f"{allocation.name}'s figures of the dense blocks",
+                self._dense_run,
+                lambda: self._measures(allocation, progress, calls, hidden, writer),
+            )
         asked = pattern_of(self.recipe, exact(self.recipe.sparsity or 0)).sparsity
-        values = self.ranks.first([measure.value for measure in measures])
-        measures = [BlockMeasure(value, m.weights) for value, m in zip(values, measures, strict=True)]
+        weights = [sum(matrix.numel for matrix in matrices) for matrices in self.matrices]
+        measures = [BlockMeasure(*pair) for pair in zip(self.ranks.first(values), weights, strict=True)]
         sparsities = allocation.allocate(measures, asked)
         if writer is not None:
             writer.note(sparsities=[str(sparsity) for sparsity in sparsities])
         return sparsities
+
+    def _dense_run(self) -> dict[str, Any]:
+        """All that a pass over the dense blocks depends on, for one model."""
+        first = next(self.parts.model.parameters())
+        return {
+            "matrices": [matrix.name for block in self.matrices for matrix in block],
+            "tokens": None if self.tokens is None else hashlib.sha256(bytes_of(self.tokens.contiguous())).hexdigest(),
+            "batch": self.batch,
+            "runs": [str(self.parts.device), str(first.dtype)],
+        }
+
+    def _measures(
+        self,
+        allocation: Allocation,
+        progress: Progress,
+        calls: list[list[Call]],
+        hidden: Activations | None,
+        writer: Writer | None,
+    ) -> list[float]:
+        """The allocation's figure of every dense block, in a pass of its own."""
+        values = []
+        stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
+        for index in range(len(self.matrices)):
+            values.append(self._measure(allocation, index, calls[index], stream))
+            if writer is not None:
+                writer.look_at(index)
+            progress.measured(index)
+        if stream is not None:
+            stream.close()
+        return values
 
     def _measure(self, allocation: Allocation, index: int, calls: list[Call], stream: Activations | None) -> float:
         """The allocation's figure of a dense block; moves the stream on."""

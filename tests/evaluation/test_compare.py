@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from rich.console import Console
 
 import wanda
+from wanda import calibration, pipeline
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
 from wanda.evaluation.grid import PRESETS, Grid, Setting, label
@@ -43,12 +46,12 @@ class Pruning:
         self.folders: list[str] = []
         self.instead: dict[int, BaseException] = {}
 
-    def __call__(self, model: str, folder: Path, recipe: Recipe, now: Callable[[str], None]) -> None:
+    def __call__(self, model: str, folder: Path, recipe: Recipe, shared: Path, now: Callable[[str], None]) -> None:
         self.folders.append(folder.name)
         if len(self.folders) in self.instead:
             folder.with_name(folder.name + ".partial").mkdir(parents=True)
             raise self.instead[len(self.folders)]
-        wanda.prune(model, out=folder, recipe=recipe, overwrite=True, progress=False)
+        wanda.prune(model, out=folder, recipe=recipe, overwrite=True, progress=False, shared=shared)
 
 
 @pytest.fixture
@@ -103,6 +106,48 @@ def test_equals_prune_and_perplexity_one_by_one(
     assert "not used, since magnitude needs no calibration: --calibration text.txt" in table
     for name in ("sparsity", "seconds"):
         assert (out / f"perplexity-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_share_the_calibration_and_the_dense_pass(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OWL's figures and the token ids are made once a sample; the models are those of runs by themselves."""
+    made: list[str] = []
+
+    def counting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(calibration, "token_ids")
+    counting(pipeline.BlockLoop, "_measures")
+    out, options = tmp_path / "out", {"calibration": text, "sparsity": [0.5, 0.6], "seeds": [0, 1], "keep": True}
+    found = wanda.compare(tiny, out=out, text=text, methods=["owl", "wanda"], **SHARED | options)
+    assert sorted(made) == ["_measures"] * 2 + ["token_ids"] * 2  # two seeds
+    shares = [any("owl's figures" in note for note in row["notes"]) for row in found.rows]
+    assert sum(shares) == 2 and not shares[0]
+    made.clear()
+    for row, folder in zip(found.rows[1:5], pruning.folders, strict=False):
+        alone = tmp_path / "alone" / folder
+        recipe = Recipe.from_file(out / "models" / folder / "wanda.json")
+        wanda.prune(tiny, out=alone, recipe=recipe, progress=False)
+        assert row["name"].startswith("owl")
+        shards = sorted(file.name for file in alone.glob("*.safetensors"))
+        assert shards == sorted(file.name for file in (out / "models" / folder).glob("*.safetensors"))
+        for name in shards:
+            assert (alone / name).read_bytes() == (out / "models" / folder / name).read_bytes()
+    assert len(made) == 8
+
+
+def test_a_cell_ends_when_its_comparison_was_killed(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wanda", "prune", str(tiny), "--out", str(tmp_path / "out")]
+    command += ["--method", "magnitude", "--shared", str(tmp_path)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not (tmp_path / "out").exists(), done.stderr
 
 
 def test_goes_on_after_a_stop_without_redoing_cells(

@@ -20,6 +20,15 @@ def flags_given(arguments: Sequence[str]) -> set[str]:
     return {name for name, flag in names.items() if flags & {f"--{flag}", f"--no-{flag}"}}
 
 
+def _end_with_input() -> None:
+    """Leave the process when nobody holds its standard input any more: a comparison that was killed."""
+    import os
+    import sys
+
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def prune_command(
     model: str,
     *,
@@ -30,6 +39,7 @@ def prune_command(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     resume: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
+    shared: Annotated[Path | None, Parameter(show=False)] = None,
 ) -> None:
     """Prune a model without retraining.
 
@@ -49,9 +59,13 @@ def prune_command(
         Go on with a run that was killed, ending in the same bytes.
     json
         End with one JSON object on standard output.
+    shared
+        A folder in which runs on this very model keep what the next ones need too. `wanda compare` gives it, and holds
+        standard input open for as long as it lives: when that ends, the run does.
     """
     import json as json_module
     import sys
+    import threading
 
     from wanda.parallel import Ranks
     from wanda.pipeline import prune
@@ -61,6 +75,10 @@ def prune_command(
 
     if recipe is not None:
         options = options.over(Recipe.from_file(recipe), flags_given(sys.argv[1:]))
+    if shared is not None:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    # A comparison's recipe is in a file that will be gone, so its models name the one beside them.
+    again = sys.argv[1:] if shared is None else ["prune", model, "--recipe", "wanda.json", "--out", "DIR"]
     with Ranks.started() as ranks:
         result = prune(
             model,
@@ -69,8 +87,9 @@ def prune_command(
             overwrite=overwrite,
             resume=resume,
             dry_run=dry_run,
-            command=command_line(sys.argv[1:]),
+            command=command_line(again),
             ranks=ranks,
+            shared=shared,
         )
     if not ranks.leads:
         return

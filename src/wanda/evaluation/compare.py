@@ -335,7 +335,10 @@ def _run(
     _write(result, earlier)
     if setting.keep and (reused := sum(cell.key in rows for cell in cells)):
         result.notes.append(f"--keep keeps the models of cells that are pruned now; {reused} were finished before")
-    with Board([cell.name for cell in cells], progress) as board:
+    with (
+        tempfile.TemporaryDirectory(prefix="wanda-compare.") as shared,
+        Board([cell.name for cell in cells], progress) as board,
+    ):
         for number, cell in enumerate(cells):
             if cell.key in rows:
                 board.done(number, rows[cell.key], again=True)
@@ -343,7 +346,7 @@ def _run(
             if cell.key in rows:
                 continue
             try:
-                row = _cell(model, cell, plan, ids, setting, models, partial(board.now, number))
+                row = _cell(model, cell, plan, ids, setting, models, Path(shared), partial(board.now, number))
             except RunError as error:
                 row = cell.row(error=str(error))
             except KeyboardInterrupt:
@@ -377,6 +380,7 @@ def _cell(
     ids: Tensor,
     setting: Setting,
     models: Path,
+    shared: Path,
     now: Callable[[str], None],
 ) -> dict[str, Any]:
     """Prune and measure one cell: its row."""
@@ -388,7 +392,7 @@ def _cell(
     folder = models / cell.folder
     if not (folder / "wanda.json").is_file():  # one that was stopped while it was measured leaves its model
         try:
-            _prune(model, folder, cell.recipe, now)
+            _prune(model, folder, cell.recipe, shared, now)
         finally:
             shutil.rmtree(partial_folder(folder), ignore_errors=True)
     report = json.loads((folder / "wanda.json").read_text(encoding="utf-8"))
@@ -409,26 +413,28 @@ def _cell(
     )
 
 
-def _prune(model: str, folder: Path, recipe: Recipe, now: Callable[[str], None]) -> None:
-    """Prune in a process of its own, whose log lines are told to `now`; raises RunError with its message."""
+def _prune(model: str, folder: Path, recipe: Recipe, shared: Path, now: Callable[[str], None]) -> None:
+    """Prune in a process of its own, whose log lines are told to `now`; raises RunError with its message.
+
+    shared: a folder for what the cells have in common.
+    """
     now("pruning")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="wanda-compare.") as temporary:
-        file = Path(temporary) / "recipe.json"
-        file.write_text(json.dumps({"recipe": recipe.as_dict()}), encoding="utf-8")
-        arguments = ["prune", model, "--out", str(folder), "--recipe", str(file), "--overwrite"]
-        last: deque[str] = deque(maxlen=40)
-        with subprocess.Popen(
-            [sys.executable, "-m", "wanda", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                assert process.stderr is not None
-                for line in process.stderr:
-                    last.append(line.rstrip("\n"))
-                    now(f"pruning: {last[-1]}")
-            except BaseException:
-                process.kill()
-                raise
+    file = shared / "recipe.json"
+    file.write_text(json.dumps({"recipe": recipe.as_dict()}), encoding="utf-8")
+    arguments = ["prune", model, "--out", str(folder), "--recipe", str(file), "--overwrite", "--shared", str(shared)]
+    last: deque[str] = deque(maxlen=40)
+    command = [sys.executable, "-m", "wanda", *arguments]
+    held, pipe, nowhere = subprocess.PIPE, subprocess.PIPE, subprocess.DEVNULL  # it ends when its standard input does
+    with subprocess.Popen(command, text=True, stdin=held, stdout=nowhere, stderr=pipe) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                last.append(line.rstrip("\n"))
+                now(f"pruning: {last[-1]}")
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode < 0:
         raise RunError(f"pruning was killed by signal {-process.returncode}; 9 is often the system short of memory")
     if process.returncode:
