@@ -101,13 +101,13 @@ def make_demo(folder: Path, sparsity: float) -> None:
 
 
 def measure_layers(dense: nn.Module, packed: nn.Module, rounds: int) -> dict[str, Any]:
-    """One token through every packed linear layer, kernels alone, all of them and the large ones.
+    """One token through every sparse linear layer, kernels alone, all of them and the large ones.
 
     Plain reading of memory takes its turn in the same rounds; the share of its bandwidth is the roofline's.
     """
     groups: dict[str, list[tuple[Tensor, PackedLinear, Tensor]]] = {"all": [], "large": []}
     for name, layer in packed.named_modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLinear) and 10 * layer.matrix.survivors < 9 * layer.matrix.out * layer.matrix.width:
             weight = dense.get_submodule(name).weight.detach()
             entry = (weight, layer, torch.randn(1, layer.in_features, dtype=weight.dtype))
             groups["all"].append(entry)

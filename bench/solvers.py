@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "solvers.json")
+    parser.add_argument("--out", type=Path, help="bench/results/solvers.json; nothing is written with --only alone")
     parser.add_argument("--all", action="store_true", help="swap (minutes) and whole compositions as well")
     parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     arguments = parser.parse_args()
@@ -148,7 +148,9 @@ def main() -> None:
     print(f"{'in products of that size':40} {'min':>8} {'median':>8} {'max':>8}")
     for name, row in table.items():
         print(f"{name:40} {row['min']:8.2f} {row['median']:8.2f} {row['max']:8.2f}")
-    if not arguments.only:
+    if arguments.out is None and not arguments.only:
+        arguments.out = Path(__file__).parent / "results" / "solvers.json"
+    if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "machine": machine(),

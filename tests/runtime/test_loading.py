@@ -27,8 +27,8 @@ from wanda.checkpoint.tensors import read_header
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import models as evaluated
 from wanda.patterns import NM
-from wanda.runtime import loading, semi_structured
-from wanda.runtime.layers import FastLinear, PackedLinear
+from wanda.runtime import choice, loading, semi_structured
+from wanda.runtime.layers import FastLinear, PackedEmbedding, PackedLinear
 from wanda.runtime.loading import weights_of
 from wanda.runtime.measure import decode_seconds, fresh, prefill_seconds, read_bandwidth
 from wanda.runtime.semi_structured import sparse_layers
@@ -123,6 +123,36 @@ def test_a_cpu_without_bfloat16_computes_in_float32(
     packed.save_pretrained(tmp_path / "again")
     before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@kernels_missing
+@pytest.mark.parametrize("tied", [False, True])
+def test_large_dense_matrices_keep_their_two_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tied: bool
+) -> None:
+    """Embeddings and head of a model that computes in float32: half the memory, the same results and checkpoint."""
+    options = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 20000, "tie_word_embeddings": tied}
+    source = tiny_llama(tmp_path / "source", torch.bfloat16, **options)
+    files = packed_pair(tmp_path, AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+    packed = wanda.load(files[1], prefer="memory", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(files[0], dtype=torch.float32).eval()
+    head, table = packed.get_output_embeddings(), packed.get_input_embeddings()
+    assert isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding)
+    assert (head.matrix is table.matrix) == tied and head.matrix.dtype == torch.bfloat16
+    assert "dense" not in capsys.readouterr().err
+    held, whole = (sum(tensor.nbytes for tensor in weights_of([model])) for model in (packed, dense))
+    assert held < 0.55 * whole
+    ids = torch.randint(20000, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    told = [model.generate(ids[:, :5], max_new_tokens=6, do_sample=False) for model in (packed, dense)]
+    assert torch.equal(*told)
+    packed.save_pretrained(tmp_path / "again")
+    before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    monkeypatch.setattr(choice, "level", lambda: 0)  # the portable kernels gain nothing
+    ordinary = wanda.load(files[1], dtype="float32")
+    assert type(ordinary.get_output_embeddings()) is nn.Linear and type(ordinary.get_input_embeddings()) is nn.Embedding
 
 
 @kernels_missing

@@ -119,6 +119,18 @@ def test_packing_keeps_every_bit(dtype: torch.dtype, out: int, width: int, perce
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_by_number(path: str, dtype: torch.dtype) -> None:
+    weight = sparse(40, 70, 0.9, dtype)
+    packed = PackedMatrix.pack(weight)
+    for indices in (torch.tensor([[3, 39, 3], [0, 1, 1]]), torch.tensor(7), torch.zeros(2, 0, dtype=torch.int64)):
+        assert torch.equal(packed.rows(indices), torch.nn.functional.embedding(indices, weight))
+        assert torch.equal(packed.rows(indices, torch.float32), weight.float()[indices])
+    for wrong in ([0, 40], [-1, 2]):
+        with pytest.raises(IndexError, match="matrix of 40"):
+            packed.rows(torch.tensor(wrong))
+
+
 def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = PackedMatrix.pack(sparse(700, 640, 0.5, torch.bfloat16))
     xs = [torch.randn(columns, 640).bfloat16() for columns in (1, 6, 40)]

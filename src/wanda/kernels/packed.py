@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from wanda.errors import RunError
 from wanda.kernels.native import LEVELS, level, native, pool
@@ -24,6 +23,7 @@ SLACK = 32  # values that may be read behind the last one
 ALIGNMENT = 64  # bytes; every part is padded to it
 MOST_SURVIVORS = 2**32 - 1  # what an offset can hold
 COLUMNS = 16  # up to here the matrix-vector kernels run
+SPARSE = 0.7  # share of survivors up to which skipping the others beats a dense product (docs/runtime.md)
 _TILE = 1 << 21  # weights expanded at a time where torch multiplies
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -167,11 +167,23 @@ class PackedMatrix:
         bits[torch.from_numpy(alive)] = self.values.view(bits.dtype)[begin:end]
         return dense.to(dtype)
 
+    def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows by number, int64 of any shape, as dense [..., width]: what functional.embedding gives for `dense()`.
+
+        Raises IndexError when there is no such row.
+        """
+        unique, places = torch.unique(indices, return_inverse=True)
+        if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < self.out:
+            raise IndexError(f"rows {int(unique[0])} to {int(unique[-1])} are asked of a matrix of {self.out}")
+        chosen = [self.dense(row, row + 1, dtype) for row in unique.tolist()] or [self.dense(0, 0, dtype)]
+        return torch.cat(chosen)[places]
+
     def _tiles(self) -> Iterator[tuple[int, int]]:
         step = max(1, _TILE // max(1, self.width))
         for first in range(0, self.out, step):
             yield first, min(self.out, first + step)
 
+    @torch.no_grad()
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., width] times the matrix's transpose, plus bias [out]: what functional.linear gives for `dense()`.
 
@@ -188,31 +200,28 @@ class PackedMatrix:
         columns = x.reshape(math.prod(x.shape[:-1]), self.width)
         if columns.stride(1) != 1:
             columns = columns.contiguous()
-        if native() is None or (columns.shape[0] > COLUMNS and not _multiplies_many(self.dtype, x.dtype)):
-            parts = [
-                functional.linear(columns, self.dense(a, b, x.dtype), None if bias is None else bias[a:b])
-                for a, b in self._tiles()
-            ]
-            result = (
-                parts[0]
-                if len(parts) == 1
-                else torch.cat(parts, dim=1)
-                if parts
-                else columns.new_empty(len(columns), 0)
-            )
+        if native() is None or (columns.shape[0] > COLUMNS and not self._multiplies_many(x.dtype)):
+            result = columns.new_empty(len(columns), self.out)
+            for a, b in self._tiles():
+                weight, part = self.dense(a, b, x.dtype), result[:, a:b]
+                if bias is None:
+                    torch.mm(columns, weight.T, out=part)
+                else:
+                    torch.addmm(bias[a:b], columns, weight.T, out=part)
         else:
             result = _multiply(self._description, columns, bias)
         return result.reshape(*x.shape[:-1], self.out)
+
+    def _multiplies_many(self, computed: torch.dtype) -> bool:
+        """Whether a kernel of our own takes more than COLUMNS columns, and is not slower than torch at that."""
+        if LEVELS[level()] == "avx2":
+            return self.survivors <= SPARSE * self.out * self.width
+        return tiled(self.dtype) and computed == self.dtype
 
 
 def tiled(dtype: torch.dtype) -> bool:
     """Whether there is the tiled product of bfloat16: any number of columns, and dense matrices."""
     return dtype == torch.bfloat16 and native() is not None and LEVELS[level()] == "avx512_bf16"
-
-
-def _multiplies_many(stored: torch.dtype, computed: torch.dtype) -> bool:
-    """Whether there is a kernel of our own for more than COLUMNS columns."""
-    return LEVELS[level()] == "avx2" or (tiled(stored) and stored == computed)
 
 
 def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None) -> Tensor:

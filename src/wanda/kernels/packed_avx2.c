@@ -79,7 +79,8 @@ TARGET INLINE void one_column(const rows_job *job, int64_t first, int64_t last, 
         for (int64_t word = 0; word < job->words; word++, x += 64) {
             const uint64_t bits = mask[word];
             int64_t then = at + __builtin_popcountll(bits << 32); /* two chains of counts as well */
-            _mm_prefetch((const char *)value_at(m, at) + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *)value_at(m, at) + 1024, _MM_HINT_T0); /* 64 two-byte values are two lines */
+            _mm_prefetch((const char *)value_at(m, at) + 1088, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int step = 0; step < 8; step++) {
                 __m128 low, high;

@@ -25,6 +25,7 @@ TARGET INLINE void rows(const rows_job *job, int64_t first, int64_t last, const 
         for (int64_t word = 0; word < job->words; word++) {
             uint64_t bits = mask[word];
             _mm_prefetch((const char *)value_at(m, at) + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *)value_at(m, at) + 1088, _MM_HINT_T0);
             for (int step = 0; step < 4; step++, bits >>= 16, x += 16 * columns) {
                 const __mmask16 lanes = (__mmask16)bits;
                 const __m512 w = _mm512_maskz_expand_ps(lanes, load16(kind, m->values, at));

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from wanda.kernels.native import LEVELS, level
-from wanda.kernels.packed import PackedMatrix
+from wanda.kernels.packed import KINDS, PackedMatrix
 
+LARGE = 4 << 20  # bytes as float32 from which a matrix without zeros is kept as it is stored
 CACHE = 64 << 20  # bytes: matrices that take less of it together, dense, may lie in the last-level cache
 
 
@@ -59,6 +61,31 @@ def gains(path: str, stored: torch.dtype, computed: torch.dtype, nbytes: int, de
         density <= gain.density and nbytes <= gain.nbytes and (gain.cached or together >= CACHE)
         for gain in GAINS.get((path, stored, computed), ())
     )
+
+
+def kept_as_stored(
+    tensors: Mapping[str, Tensor], matrices: Mapping[str, PackedMatrix], computed: torch.dtype | None, speed: bool
+) -> set[str]:
+    """Names of the dense matrices of two-byte values that stay so in a model that computes in float32.
+
+    A matrix of which nothing was removed runs on the packed kernels as well: they take the same time whatever its
+    density, and read little more than half of the bytes. tensors: what is not packed on the disk. speed: only where
+    that is predicted to gain on this machine's kernel path; small ones stay ordinary anyway.
+    """
+    if computed != torch.float32:
+        return set()
+    large = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if tensor.ndim == 2 and tensor.element_size() == 2 and tensor.dtype in KINDS and tensor.numel() * 4 >= LARGE
+    }
+    together = 4 * (sum(m.out * m.width for m in matrices.values()) + sum(tensor.numel() for tensor in large.values()))
+    path = LEVELS[level()]
+    return {
+        key
+        for key, tensor in large.items()
+        if not speed or gains(path, tensor.dtype, computed, 4 * tensor.numel(), HALF, together)
+    }
 
 
 def without_gain(matrices: Mapping[str, PackedMatrix], dtype: torch.dtype | None = None) -> set[str]:

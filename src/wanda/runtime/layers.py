@@ -48,6 +48,34 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.weight
 
 
+class PackedEmbedding(nn.Module):
+    """nn.Embedding whose weight stays packed, which two-byte values without any zeros are too.
+
+    dtype: of what it gives. The state_dict holds the dense weight.
+    """
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype):
+        super().__init__()
+        self.matrix, self.dtype = matrix, dtype
+        self.num_embeddings, self.embedding_dim = matrix.out, matrix.width
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [num_embeddings, embedding_dim], made anew on every access."""
+        return self.matrix.dense(dtype=self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 of any shape -> [..., embedding_dim]."""
+        return self.matrix.rows(ids, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.matrix.dtype}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
 class FastLinear(nn.Linear):
     """nn.Linear of bfloat16 on a CPU with AVX-512 BF16; few tokens take our own dense kernel, which beats torch's."""
 

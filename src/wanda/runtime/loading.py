@@ -25,8 +25,8 @@ from wanda.device import DTYPES, cpu_has_bfloat16
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import LEVELS, level, native
 from wanda.kernels.packed import PackedMatrix, tiled
-from wanda.runtime.choice import without_gain
-from wanda.runtime.layers import FastLinear, PackedLinear
+from wanda.runtime.choice import kept_as_stored, without_gain
+from wanda.runtime.layers import FastLinear, PackedEmbedding, PackedLinear
 
 BACKENDS = ("cpu", "semi_structured")
 PREFERENCES = ("speed", "memory")
@@ -96,7 +96,8 @@ def load(
             f"to decode faster with them than the packed kernels of this machine ({LEVELS[level()]}); "
             "prefer memory to speed to keep them packed"
         )
-    model = _from_checkpoint(checkpoint, dense, computed, trust_remote_code)
+    kept = kept_as_stored(checkpoint.tensors, checkpoint.matrices, computed, prefer == "speed")
+    model = _from_checkpoint(checkpoint, dense, kept, computed, trust_remote_code)
     if tiled(torch.bfloat16):
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.is_cpu:
@@ -123,7 +124,7 @@ def computed_dtype(folder: Path, dtype: str = "auto") -> torch.dtype | None:
 
 def _all_dense(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
     checkpoint = open_packed(folder)
-    return _from_checkpoint(checkpoint, set(checkpoint.matrices), dtype, trust_remote_code)
+    return _from_checkpoint(checkpoint, set(checkpoint.matrices), set(), dtype, trust_remote_code)
 
 
 def _stored(folder: Path) -> str:
@@ -136,23 +137,27 @@ def _stored(folder: Path) -> str:
 
 
 def _from_checkpoint(
-    checkpoint: PackedCheckpoint, dense: set[str], dtype: torch.dtype | None, trust_remote_code: bool
+    checkpoint: PackedCheckpoint, dense: set[str], kept: set[str], dtype: torch.dtype | None, trust_remote_code: bool
 ) -> Any:
-    """The model, the matrices named in `dense` ordinary parameters of it; dtype None: as everything is stored."""
-    store, state = _placeholders(checkpoint, dense, dtype)
+    """The model, the matrices named in `dense` ordinary parameters of it; dtype None: as everything is stored.
+
+    kept: tensors that are not packed on the disk, but in memory.
+    """
+    store, state = _placeholders(checkpoint, dense, kept, dtype)
     model = _build(checkpoint, state, dtype, trust_remote_code)
     fused = store.keys() - _put_in_place(model, checkpoint, store, dtype)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
-        _say(f"{len(fused)} packed matrices are fused in memory ({min(fused)}, ...), so they run dense")
-        return _from_checkpoint(checkpoint, dense | fused, dtype, trust_remote_code)
+        if packed := fused - kept:
+            _say(f"{len(packed)} packed matrices are fused in memory ({min(packed)}, ...), so they run dense")
+        return _from_checkpoint(checkpoint, dense | fused, kept - fused, dtype, trust_remote_code)
     return model.eval()
 
 
 def _placeholders(
-    checkpoint: PackedCheckpoint, dense: set[str], dtype: torch.dtype | None
+    checkpoint: PackedCheckpoint, dense: set[str], kept: set[str], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One element for every matrix that stays packed, and the state for transformers to load."""
+    """One element for every matrix that is packed in memory, and the state for transformers to load."""
     store: dict[str, Tensor] = {}
     state: dict[str, Tensor] = dict(checkpoint.tensors)
     for key, matrix in checkpoint.matrices.items():
@@ -161,6 +166,9 @@ def _placeholders(
         else:
             store[key] = torch.zeros(1, dtype=dtype or matrix.dtype)
             state[key] = store[key].expand(matrix.out, matrix.width)
+    for key in kept:
+        store[key] = torch.zeros(1, dtype=dtype)
+        state[key] = store[key].expand(checkpoint.tensors[key].shape)
     return store, state
 
 
@@ -227,6 +235,8 @@ def _put_in_place(
 ) -> set[str]:
     """Replace the layers whose weights are placeholders; returns the matrices that were found."""
     key_of = {element.data_ptr(): key for key, element in store.items()}
+    matrices = dict(checkpoint.matrices)
+    matrices |= {key: PackedMatrix.pack(checkpoint.tensors[key]) for key in store.keys() - matrices.keys()}
     seen: set[str] = set()
     for module_name, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -234,18 +244,21 @@ def _put_in_place(
             if key is None or any(parameter.stride()):
                 continue
             seen.add(key)
-            matrix = checkpoint.matrices[key]
+            matrix = matrices[key]
             packed = _layer(module, name, matrix, dtype)
             if packed is not None:
                 model.set_submodule(module_name, packed)
             else:
-                _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
+                if key in checkpoint.matrices:
+                    _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
                 weight = matrix.dense(dtype=dtype)
                 setattr(module, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
     return seen
 
 
-def _layer(module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtype | None) -> PackedLinear | None:
+def _layer(
+    module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtype | None
+) -> PackedLinear | PackedEmbedding | None:
     """The packed layer that computes what `module` does, None when it is not known to be a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
@@ -255,6 +268,8 @@ def _layer(module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtyp
         return PackedLinear(matrix, module.bias, dtype)
     if type(module) is Conv1D:  # x @ weight: the stored matrix is the transpose
         return PackedLinear(PackedMatrix.pack(matrix.dense().T), module.bias, dtype)
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return PackedEmbedding(matrix, dtype or matrix.dtype)
     return None
 
 
@@ -264,7 +279,7 @@ def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     for module in modules:
         tensors = [*module.parameters(), *module.buffers()]
         for part in module.modules():
-            if isinstance(part, PackedLinear):
+            if isinstance(part, PackedLinear | PackedEmbedding):
                 tensors += [part.matrix.mask, part.matrix.offsets, part.matrix.values]
         found.update({tensor.data_ptr(): tensor.detach() for tensor in tensors})
     return list(found.values())

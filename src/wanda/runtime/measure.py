@@ -75,7 +75,7 @@ def prefill_seconds(model: Any, tokens: int) -> float:
 
 
 def _ids(model: Any, tokens: int) -> torch.Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
