@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wanda import sources
 from wanda.activations import Activations
 from wanda.allocation import ALLOCATIONS, Allocation, BlockMeasure, share_out
 from wanda.blocks import Blocks, Call, find_blocks, record
@@ -69,12 +70,14 @@ def prune(
     command: the command line to be told in the model card.
     ranks: the processes that share the run, each of which calls this; see wanda.parallel.
     shared: an existing folder in which runs on this very model keep what the next ones need too: the calibration's
-    token ids, an allocation's figures of the dense blocks. The seconds reported are those of a run by itself.
+    token ids, an allocation's figures of the dense blocks. Seconds and memory reported are those of a run by itself.
     Returns the Report that is also written to `out`/wanda.json. Raises ConfigurationError with all faults, before
     anything is loaded or written; RunError for a fault on the way, leaving a resumable `out`.partial.
     """
     ranks = ranks or Ranks()
     recipe = make_recipe(options, recipe)
+    if dry_run and shared is not None:
+        raise ConfigurationError("a dry run computes nothing that --shared could keep; leave one of them away")
     plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world, ranks.neighbours))
     ranks.connect(plan.skeleton.device)
     _same_plan(plan, ranks)
@@ -117,6 +120,7 @@ def prune(
             loop.run(bar, writer)
         seconds = time.perf_counter() - start + common.seconds
         report = Report.of(plan, loop.pruner.rows, [*notes, *common.notes()], seconds, command)
+        report.peak_memory_bytes = max(report.peak_memory_bytes, common.peak_memory)
         if writer is not None:
             report.identity = writer.write_rest()
             writer.finish(
@@ -150,8 +154,12 @@ def _calibration(plan: Plan, shared: Shared) -> tuple[Tensor | None, list[str]]:
         return {"ids": tokens.tolist(), "notes": notes}
 
     recipe = plan.recipe
-    depends = {name: getattr(recipe, name) for name in ("calibration", "samples", "seed")} | {"seqlen": plan.seqlen}
-    kept = shared.take("the calibration's token ids", lambda: depends, make)
+
+    def depends() -> dict[str, Any]:
+        content = sources.identity(recipe.calibration)
+        return {"text": content, "samples": recipe.samples, "seed": recipe.seed, "seqlen": plan.seqlen}
+
+    kept = shared.take("the calibration's token ids", depends, make)
     return torch.tensor(kept["ids"], dtype=torch.int64), kept["notes"]
 
 
@@ -478,6 +486,8 @@ class BlockLoop:
         measures = [BlockMeasure(*pair) for pair in zip(self.ranks.first(values), weights, strict=True)]
         sparsities = allocation.allocate(measures, asked)
         if writer is not None:
+            for index in range(len(measures) if allocation.measures else 0):
+                writer.look_at(index)  # again where they were measured here, which costs nothing
             writer.note(sparsities=[str(sparsity) for sparsity in sparsities])
         return sparsities
 
@@ -488,6 +498,7 @@ class BlockLoop:
             "matrices": [matrix.name for block in self.matrices for matrix in block],
             "tokens": None if self.tokens is None else hashlib.sha256(bytes_of(self.tokens.contiguous())).hexdigest(),
             "batch": self.batch,
+            "experts": self.recipe.experts,
             "runs": [str(self.parts.device), str(first.dtype)],
         }
 
@@ -503,7 +514,7 @@ class BlockLoop:
         values = []
         stream = hidden.copy() if hidden is not None and allocation.needs > Needs.NOTHING else None
         for index in range(len(self.matrices)):
-            values.append(self._measure(allocation, index, calls[index], stream))
+            values.append(float(self._measure(allocation, index, calls[index], stream)))
             if writer is not None:
                 writer.look_at(index)
             progress.measured(index)

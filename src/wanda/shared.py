@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wanda.errors import ConfigurationError
+from wanda.memory import peak_memory
 
 T = TypeVar("T")
 
@@ -18,7 +20,7 @@ class Shared:
     """Results kept in a folder, for the runs of one comparison; without a folder each run works on its own.
 
     folder: of one model, device and version of the library. world: processes of the run, which share nothing here.
-    seconds: what the results that were found cost the run that made them.
+    seconds, peak_memory: what the results that were found took, and the peak in bytes, in the runs that made them.
     found: their names.
     """
 
@@ -28,7 +30,7 @@ class Shared:
         if folder is not None and not folder.is_dir():
             raise ConfigurationError(f"--shared {folder} is no folder; make it, or leave --shared away")
         self.folder = folder
-        self.seconds = 0.0
+        self.seconds, self.peak_memory = 0.0, 0
         self.found: list[str] = []
 
     def take(self, name: str, depends: Callable[[], Mapping[str, Any]], make: Callable[[], T]) -> T:
@@ -40,12 +42,14 @@ class Shared:
         if file.is_file():
             kept = json.loads(file.read_text(encoding="utf-8"))
             self.seconds += kept["seconds"]
+            self.peak_memory = max(self.peak_memory, kept["peak_memory"])
             self.found.append(name)
             return kept["value"]
         start = time.perf_counter()
         value = make()
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"value": value, "seconds": time.perf_counter() - start}), encoding="utf-8")
+        made = {"value": value, "seconds": time.perf_counter() - start, "peak_memory": peak_memory()}
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(made), encoding="utf-8")
         partial.replace(file)
         return value
 

@@ -93,6 +93,7 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
             matrix_product_tiled(&p, 2, 0);
             wrong |= compare(&p, dense, "tiles", level);
             p.m.mask = NULL;
+            p.m.offsets = NULL;
             p.m.values = dense;
             if (columns <= MOST_COLUMNS) {
                 matrix_product(&p, level, 2, 0);

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from wanda.kernels.native import LEVELS
 from wanda.kernels.packed import PackedMatrix
 from wanda.runtime import choice
-from wanda.runtime.choice import CACHE, gains, without_gain
+from wanda.runtime.choice import CACHE, LARGE, gains, kept_as_stored, without_gain
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
@@ -98,3 +98,26 @@ def test_the_rule_is_asked_of_each_matrix(monkeypatch: pytest.MonkeyPatch, path:
     monkeypatch.setattr(choice, "gains", asked)
     assert without_gain(matrices) == {"a"}
     assert without_gain(matrices, torch.float32) == {"b"}
+
+
+@pytest.mark.parametrize("path", LEVELS)
+def test_dense_matrices_are_kept_where_float32_would_be_twice_as_much(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(choice, "level", lambda: LEVELS.index(path))
+    rows = LARGE // 256
+    tensors = {
+        "head": torch.empty(CACHE // 256, 64, dtype=torch.bfloat16, device="meta"),
+        "other": torch.empty(rows, 64, dtype=torch.bfloat16, device="meta"),
+        "half": torch.empty(rows, 64, dtype=torch.float16, device="meta"),
+        "float": torch.empty(rows, 64, device="meta"),
+        "small": torch.empty(rows - 1, 64, dtype=torch.bfloat16, device="meta"),
+        "vector": torch.empty(64 * rows, dtype=torch.bfloat16, device="meta"),
+        "fused": torch.empty(2, rows, 64, dtype=torch.bfloat16, device="meta"),
+    }
+    found = kept_as_stored(tensors, {}, torch.float32, speed=True)
+    assert found == {"portable": set(), "avx2": {"head", "other"}}.get(path, {"head", "other", "half"})
+    assert kept_as_stored(tensors, {}, torch.float32, speed=False) == {"head", "other", "half"}
+    assert kept_as_stored(tensors, {}, torch.bfloat16, speed=False) == kept_as_stored(tensors, {}, None, True) == set()
+    few = {key: tensors[key] for key in ("other", "half")}
+    assert kept_as_stored(few, {}, torch.float32, speed=True) == set()  # they lie in the cache

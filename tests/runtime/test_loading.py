@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -150,9 +152,39 @@ def test_large_dense_matrices_keep_their_two_bytes(
     packed.save_pretrained(tmp_path / "again")
     before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert ("lm_head.weight" in read_header(tmp_path / "again" / "model.safetensors")[0]) != tied
     monkeypatch.setattr(choice, "level", lambda: 0)  # the portable kernels gain nothing
     ordinary = wanda.load(files[1], dtype="float32")
     assert type(ordinary.get_output_embeddings()) is nn.Linear and type(ordinary.get_input_embeddings()) is nn.Embedding
+
+
+@kernels_missing
+@pytest.mark.parametrize("named", ["once", "twice"])
+def test_tied_matrices_that_cannot_be_kept_stay_one(tmp_path: Path, named: str) -> None:
+    """An embedding of another kind (Gemma scales its own), and a tied matrix that lies in the file under both names."""
+    if named == "once":
+        config = Gemma3TextConfig(
+            hidden_size=64, intermediate_size=160, vocab_size=20000, head_dim=16, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        files = packed_pair(tmp_path, model)
+    else:
+        options = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 20000, "tie_word_embeddings": True}
+        source = tiny_llama(tmp_path / "source", torch.bfloat16, **options)
+        files = packed_pair(tmp_path, AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+        tensors = load_file(files[0] / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, files[0] / "model.safetensors", {"format": "pt"})
+        pack(str(files[0]), tmp_path / "both")
+        files = files[0], tmp_path / "both"
+    packed = wanda.load(files[1], prefer="memory", dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(files[0], dtype=torch.float32).eval()
+    assert packed.get_output_embeddings().weight is packed.get_input_embeddings().weight
+    ids = torch.randint(20000, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @kernels_missing

@@ -133,7 +133,7 @@ def test_rows_by_number(path: str, dtype: torch.dtype) -> None:
 
 def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = PackedMatrix.pack(sparse(700, 640, 0.5, torch.bfloat16))
-    xs = [torch.randn(columns, 640).bfloat16() for columns in (1, 6, 40)]
+    xs = [torch.randn(columns, 640).bfloat16() for columns in (1, 6, 40, 131)]
     before = torch.get_num_threads()
     results = []
     try:
@@ -143,6 +143,8 @@ def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytes
             results.append([packed.multiply(x) for x in xs])
     finally:
         torch.set_num_threads(before)
+    for found, x in zip(results[0], xs, strict=True):
+        assert_product(found, packed.dense(), x, None)
     for other in results[1:]:
         if path != "torch":  # torch's own product may split its sums by thread
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

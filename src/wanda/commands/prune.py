@@ -21,11 +21,16 @@ def flags_given(arguments: Sequence[str]) -> set[str]:
 
 
 def _end_with_input() -> None:
-    """Leave the process when nobody holds its standard input any more: a comparison that was killed."""
-    import os
-    import sys
+    """Leave the process when nobody holds its standard input any more: a comparison that was killed.
 
-    sys.stdin.buffer.read()
+    Not by sys.stdin, whose lock the interpreter would wait for in vain at its end.
+    """
+    import contextlib
+    import os
+
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
     os._exit(1)
 
 

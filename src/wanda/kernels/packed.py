@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ SLACK = 32  # values that may be read behind the last one
 ALIGNMENT = 64  # bytes; every part is padded to it
 MOST_SURVIVORS = 2**32 - 1  # what an offset can hold
 COLUMNS = 16  # up to here the matrix-vector kernels run
-SPARSE = 0.7  # share of survivors up to which skipping the others beats a dense product (docs/runtime.md)
+SPARSE = 0.7  # survivors up to which skipping the others beats a dense product; packed.c has it too (docs/runtime.md)
 _TILE = 1 << 21  # weights expanded at a time where torch multiplies
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -167,11 +168,24 @@ class PackedMatrix:
         bits[torch.from_numpy(alive)] = self.values.view(bits.dtype)[begin:end]
         return dense.to(dtype)
 
+    def dense_while_held(self, dtype: torch.dtype) -> Tensor:
+        """`dense(dtype=dtype)`, the same tensor for as long as somebody holds it: tied layers save one."""
+        held = self._held.get(dtype)
+        if held is None:
+            held = self._held[dtype] = self.dense(dtype=dtype)
+        return held
+
+    @cached_property
+    def _held(self) -> WeakValueDictionary[torch.dtype, Tensor]:
+        return WeakValueDictionary()
+
     def rows(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows by number, int64 of any shape, as dense [..., width]: what functional.embedding gives for `dense()`.
 
-        Raises IndexError when there is no such row.
+        Raises IndexError when there is no such row, RunError for indices that are not on the CPU.
         """
+        if not indices.is_cpu:
+            raise RunError(f"packed rows are on the CPU, their numbers on {indices.device}; unpack the checkpoint")
         unique, places = torch.unique(indices, return_inverse=True)
         if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < self.out:
             raise IndexError(f"rows {int(unique[0])} to {int(unique[-1])} are asked of a matrix of {self.out}")

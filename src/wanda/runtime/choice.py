@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wanda.kernels.native import LEVELS, level
-from wanda.kernels.packed import KINDS, PackedMatrix
+from wanda.kernels.packed import MOST_SURVIVORS, PackedMatrix
 
 LARGE = 4 << 20  # bytes as float32 from which a matrix without zeros is kept as it is stored
 CACHE = 64 << 20  # bytes: matrices that take less of it together, dense, may lie in the last-level cache
@@ -77,7 +77,9 @@ def kept_as_stored(
     large = {
         key: tensor
         for key, tensor in tensors.items()
-        if tensor.ndim == 2 and tensor.element_size() == 2 and tensor.dtype in KINDS and tensor.numel() * 4 >= LARGE
+        if tensor.ndim == 2
+        and tensor.dtype in (torch.bfloat16, torch.float16)
+        and LARGE <= 4 * tensor.numel() <= 4 * MOST_SURVIVORS
     }
     together = 4 * (sum(m.out * m.width for m in matrices.values()) + sum(tensor.numel() for tensor in large.values()))
     path = LEVELS[level()]

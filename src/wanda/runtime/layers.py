@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
 
 
 class PackedEmbedding(nn.Module):
@@ -73,7 +73,7 @@ class PackedEmbedding(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
 
 
 class FastLinear(nn.Linear):

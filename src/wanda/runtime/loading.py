@@ -148,9 +148,12 @@ def _from_checkpoint(
     fused = store.keys() - _put_in_place(model, checkpoint, store, dtype)
     if fused:
         # transformers made something else of them: experts that lie fused in memory, say.
-        if packed := fused - kept:
+        packed = fused - kept
+        if packed:
             _say(f"{len(packed)} packed matrices are fused in memory ({min(packed)}, ...), so they run dense")
-        return _from_checkpoint(checkpoint, dense | fused, kept - fused, dtype, trust_remote_code)
+        shapes = {checkpoint.tensors[key].shape for key in fused & kept}  # tied weights may have two names
+        kept = {key for key in kept if checkpoint.tensors[key].shape not in shapes}
+        return _from_checkpoint(checkpoint, dense | packed, kept, dtype, trust_remote_code)
     return model.eval()
 
 
@@ -233,11 +236,15 @@ def _build(
 def _put_in_place(
     model: nn.Module, checkpoint: PackedCheckpoint, store: dict[str, Tensor], dtype: torch.dtype | None
 ) -> set[str]:
-    """Replace the layers whose weights are placeholders; returns the matrices that were found."""
+    """Replace the layers whose weights are placeholders; returns the matrices that were found.
+
+    One that is not packed on the disk is not among them where a layer of another kind has it.
+    """
     key_of = {element.data_ptr(): key for key, element in store.items()}
     matrices = dict(checkpoint.matrices)
     matrices |= {key: PackedMatrix.pack(checkpoint.tensors[key]) for key in store.keys() - matrices.keys()}
     seen: set[str] = set()
+    ordinary: set[str] = set()
     for module_name, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             key = key_of.get(parameter.data_ptr())
@@ -249,11 +256,13 @@ def _put_in_place(
             if packed is not None:
                 model.set_submodule(module_name, packed)
             else:
-                if key in checkpoint.matrices:
-                    _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
+                if key not in checkpoint.matrices:  # as it would have been loaded, tied weights once
+                    ordinary.add(key)
+                    continue
+                _say(f"{key} belongs to a {type(module).__name__}, which is not run packed; it runs dense")
                 weight = matrix.dense(dtype=dtype)
                 setattr(module, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
-    return seen
+    return seen - ordinary
 
 
 def _layer(
