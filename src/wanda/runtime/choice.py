@@ -47,6 +47,7 @@ GAINS: dict[tuple[str, torch.dtype, torch.dtype], tuple[Gain, ...]] = {
     ("avx512", torch.bfloat16, torch.bfloat16): (Gain(HALF, nbytes=2 << 20),),  # above that torch's product is another
     ("avx2", torch.float32, torch.float32): (Gain(HALF, nbytes=4 << 20),),
     ("avx2", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("avx2", torch.float16, torch.float32): (Gain(HALF),),
     ("avx2", torch.bfloat16, torch.bfloat16): (Gain(HALF),),
 }  # path, stored type, type computed in; not portable, and not in float16, which is converted both ways
 
