@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from facts import processor
 from wanda.checkpoint.packed import pack
 from wanda.checkpoint.source import weight_files
 from wanda.checkpoint.tensors import read_header, write_file
@@ -230,13 +230,6 @@ def measure_model(dense_folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     for folder in (dense_folder, packed_folder, small):
         shutil.rmtree(folder)
     return result
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def log(text: str) -> None:

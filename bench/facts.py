@@ -14,15 +14,20 @@ import torch
 from wanda.report import versions
 
 
-def facts() -> dict[str, Any]:
-    """The processor's name, its cores, torch's threads, the load average now, and versions."""
+def processor() -> str:
+    """The processor's name as the system gives it."""
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").splitlines()
         if line.startswith("model name")
     ]
+    return names[0] if names else "unknown"
+
+
+def facts() -> dict[str, Any]:
+    """The processor's name, its cores, torch's threads, the load average now, and versions."""
     return {
-        "machine": names[0] if names else "unknown",
+        "machine": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],

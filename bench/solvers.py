@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from facts import processor
 from wanda.composition import Composition
 from wanda.factors import admm_inverse, inverse_factor
 from wanda.patterns import NM, Pattern, Unstructured
@@ -29,13 +30,8 @@ from wanda.updates import UPDATES, Problem
 
 
 def machine() -> str:
-    """The processor's name as the system gives it, and the threads in use."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"{names[0] if names else 'unknown'}, {torch.get_num_threads()} threads"
+    """The processor's name and the threads in use."""
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def seconds(work: Callable[[], Any]) -> float:
