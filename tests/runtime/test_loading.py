@@ -30,7 +30,7 @@ from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import models as evaluated
 from wanda.patterns import NM
 from wanda.runtime import choice, loading, semi_structured
-from wanda.runtime.layers import FastLinear, PackedEmbedding, PackedLinear
+from wanda.runtime.layers import FastLinear, PackedLinear, PackedTable
 from wanda.runtime.loading import weights_of
 from wanda.runtime.measure import decode_seconds, fresh, prefill_seconds, read_bandwidth
 from wanda.runtime.semi_structured import sparse_layers
@@ -128,19 +128,17 @@ def test_a_cpu_without_bfloat16_computes_in_float32(
 
 
 @kernels_missing
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["tied", "untied", "scaled"])
 def test_large_dense_matrices_keep_their_two_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tied: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """Embeddings and head of a model that computes in float32: half the memory, the same results and checkpoint."""
-    options = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 20000, "tie_word_embeddings": tied}
-    source = tiny_llama(tmp_path / "source", torch.bfloat16, **options)
-    files = packed_pair(tmp_path, AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+    files = packed_pair(tmp_path, with_many_tokens(tmp_path, kind))
     packed = wanda.load(files[1], prefer="memory", dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(files[0], dtype=torch.float32).eval()
-    head, table = packed.get_output_embeddings(), packed.get_input_embeddings()
-    assert isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding)
-    assert (head.matrix is table.matrix) == tied and head.matrix.dtype == torch.bfloat16
+    head, table = packed.get_output_embeddings(), packed.get_input_embeddings().weight
+    assert isinstance(head, PackedLinear) and isinstance(table, PackedTable)
+    assert (head.matrix is table.matrix) == (kind != "untied") and head.matrix.dtype == torch.bfloat16
     assert "dense" not in capsys.readouterr().err
     held, whole = (sum(tensor.nbytes for tensor in weights_of([model])) for model in (packed, dense))
     assert held < 0.55 * whole
@@ -149,36 +147,47 @@ def test_large_dense_matrices_keep_their_two_bytes(
         torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
     told = [model.generate(ids[:, :5], max_new_tokens=6, do_sample=False) for model in (packed, dense)]
     assert torch.equal(*told)
+    whole_table = dense.get_input_embeddings().weight
+    assert table.shape == whole_table.shape and torch.equal(table.float(), whole_table)  # what tensors have
+    product = torch.nn.functional.linear(whole_table[:2], table)  # and as any function's argument
+    torch.testing.assert_close(product, whole_table[:2] @ whole_table.T)
     packed.save_pretrained(tmp_path / "again")
     before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert ("lm_head.weight" in read_header(tmp_path / "again" / "model.safetensors")[0]) != tied
+    assert ("lm_head.weight" in read_header(tmp_path / "again" / "model.safetensors")[0]) == (kind == "untied")
     monkeypatch.setattr(choice, "level", lambda: 0)  # the portable kernels gain nothing
     ordinary = wanda.load(files[1], dtype="float32")
-    assert type(ordinary.get_output_embeddings()) is nn.Linear and type(ordinary.get_input_embeddings()) is nn.Embedding
+    assert type(ordinary.get_output_embeddings()) is nn.Linear
+    assert isinstance(ordinary.get_input_embeddings().weight, nn.Parameter)
 
 
-@kernels_missing
-@pytest.mark.parametrize("named", ["once", "twice"])
-def test_tied_matrices_that_cannot_be_kept_stay_one(tmp_path: Path, named: str) -> None:
-    """An embedding of another kind (Gemma scales its own), and a tied matrix that lies in the file under both names."""
-    if named == "once":
+def with_many_tokens(folder: Path, kind: str) -> PreTrainedModel:
+    """A tiny bfloat16 model whose embeddings are large; Gemma's class of its own scales them."""
+    if kind == "scaled":
         config = Gemma3TextConfig(
             hidden_size=64, intermediate_size=160, vocab_size=20000, head_dim=16, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         )  # fmt: skip
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        files = packed_pair(tmp_path, model)
-    else:
-        options = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 20000, "tie_word_embeddings": True}
-        source = tiny_llama(tmp_path / "source", torch.bfloat16, **options)
-        files = packed_pair(tmp_path, AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    options = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 20000}
+    source = tiny_llama(folder / "source", torch.bfloat16, **options, tie_word_embeddings=kind == "tied")
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+
+
+@kernels_missing
+@pytest.mark.parametrize("why", ["two names", "a layer of another kind"])
+def test_tied_matrices_that_cannot_be_kept_stay_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    files = packed_pair(tmp_path, with_many_tokens(tmp_path, "tied"))
+    if why == "two names":  # of the same weights in the file
         tensors = load_file(files[0] / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, files[0] / "model.safetensors", {"format": "pt"})
         pack(str(files[0]), tmp_path / "both")
         files = files[0], tmp_path / "both"
+    else:
+        known = loading._layer
+        monkeypatch.setattr(loading, "_layer", lambda *a: None if a[2].out == 20000 else known(*a))
     packed = wanda.load(files[1], prefer="memory", dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(files[0], dtype=torch.float32).eval()
     assert packed.get_output_embeddings().weight is packed.get_input_embeddings().weight

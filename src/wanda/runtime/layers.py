@@ -48,32 +48,42 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
 
 
-class PackedEmbedding(nn.Module):
-    """nn.Embedding whose weight stays packed, which two-byte values without any zeros are too.
+class PackedTable:
+    """The weight of an embedding layer, of whatever class, that stays packed: [out, width], read by rows.
 
-    dtype: of what it gives. The state_dict holds the dense weight.
+    functional.embedding takes the rows that are asked for; every other function and attribute takes a dense copy, made
+    anew each time. dtype: of what it gives.
     """
 
     def __init__(self, matrix: PackedMatrix, dtype: torch.dtype):
-        super().__init__()
         self.matrix, self.dtype = matrix, dtype
-        self.num_embeddings, self.embedding_dim = matrix.out, matrix.width
+        self.shape, self.device = torch.Size((matrix.out, matrix.width)), torch.device("cpu")
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [num_embeddings, embedding_dim], made anew on every access."""
+    def dense(self) -> Tensor:
+        """The whole weight."""
         return self.matrix.dense(dtype=self.dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 of any shape -> [..., embedding_dim]."""
-        return self.matrix.rows(ids, self.dtype)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "matrix" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.matrix.dtype}"
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.embedding and isinstance(args[1], cls):
+            return args[1].matrix.rows(args[0], args[1].dtype)
+        dense = lambda value: value.dense() if isinstance(value, cls) else value  # noqa: E731
+        return function(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
+    def put_into(self, embedding: nn.Embedding) -> None:
+        """Make it the layer's weight; the layer's state_dict holds the dense one."""
+
+        def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            state[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
+
+        del embedding.weight
+        embedding.weight = self  # type: ignore[assignment]
+        embedding.register_state_dict_post_hook(save)
 
 
 class FastLinear(nn.Linear):

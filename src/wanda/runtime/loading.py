@@ -26,7 +26,7 @@ from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.native import LEVELS, level, native
 from wanda.kernels.packed import PackedMatrix, tiled
 from wanda.runtime.choice import kept_as_stored, without_gain
-from wanda.runtime.layers import FastLinear, PackedEmbedding, PackedLinear
+from wanda.runtime.layers import FastLinear, PackedLinear, PackedTable
 
 BACKENDS = ("cpu", "semi_structured")
 PREFERENCES = ("speed", "memory")
@@ -252,6 +252,9 @@ def _put_in_place(
                 continue
             seen.add(key)
             matrix = matrices[key]
+            if isinstance(module, nn.Embedding) and name == "weight" and module.max_norm is None:
+                PackedTable(matrix, dtype or matrix.dtype).put_into(module)
+                continue
             packed = _layer(module, name, matrix, dtype)
             if packed is not None:
                 model.set_submodule(module_name, packed)
@@ -265,9 +268,7 @@ def _put_in_place(
     return seen - ordinary
 
 
-def _layer(
-    module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtype | None
-) -> PackedLinear | PackedEmbedding | None:
+def _layer(module: nn.Module, name: str, matrix: PackedMatrix, dtype: torch.dtype | None) -> PackedLinear | None:
     """The packed layer that computes what `module` does, None when it is not known to be a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
@@ -277,8 +278,6 @@ def _layer(
         return PackedLinear(matrix, module.bias, dtype)
     if type(module) is Conv1D:  # x @ weight: the stored matrix is the transpose
         return PackedLinear(PackedMatrix.pack(matrix.dense().T), module.bias, dtype)
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return PackedEmbedding(matrix, dtype or matrix.dtype)
     return None
 
 
@@ -288,8 +287,9 @@ def weights_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     for module in modules:
         tensors = [*module.parameters(), *module.buffers()]
         for part in module.modules():
-            if isinstance(part, PackedLinear | PackedEmbedding):
-                tensors += [part.matrix.mask, part.matrix.offsets, part.matrix.values]
+            packed = vars(part).get("weight", part)
+            if isinstance(packed, PackedLinear | PackedTable):
+                tensors += [packed.matrix.mask, packed.matrix.offsets, packed.matrix.values]
         found.update({tensor.data_ptr(): tensor.detach() for tensor in tensors})
     return list(found.values())
 
