@@ -151,6 +151,8 @@ def test_large_dense_matrices_keep_their_two_bytes(
     assert table.shape == whole_table.shape and torch.equal(table.float(), whole_table)  # what tensors have
     product = torch.nn.functional.linear(whole_table[:2], table)  # and as any function's argument
     torch.testing.assert_close(product, whole_table[:2] @ whole_table.T)
+    assert torch.equal(torch.cat([table, whole_table]), torch.cat([whole_table, whole_table]))
+    assert torch.equal(torch.nn.functional.embedding(ids, weight=table), whole_table[ids])
     packed.save_pretrained(tmp_path / "again")
     before, after = dense.state_dict(), dense_model(tmp_path / "again").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

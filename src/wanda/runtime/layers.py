@@ -48,6 +48,13 @@ class PackedLinear(nn.Module):
         destination[prefix + "weight"] = self.matrix.dense_while_held(self.dtype)
 
 
+def _dense(value: Any) -> Any:
+    """Tables as dense tensors, in lists and tuples too."""
+    if isinstance(value, PackedTable):
+        return value.dense()
+    return type(value)(map(_dense, value)) if type(value) in (list, tuple) else value
+
+
 class PackedTable:
     """The weight of an embedding layer, of whatever class, that stays packed: [out, width], read by rows.
 
@@ -70,10 +77,9 @@ class PackedTable:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is functional.embedding and isinstance(args[1], cls):
+        if function is functional.embedding and len(args) > 1 and isinstance(args[1], cls):
             return args[1].matrix.rows(args[0], args[1].dtype)
-        dense = lambda value: value.dense() if isinstance(value, cls) else value  # noqa: E731
-        return function(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
+        return function(*map(_dense, args), **{name: _dense(value) for name, value in (kwargs or {}).items()})
 
     def put_into(self, embedding: nn.Embedding) -> None:
         """Make it the layer's weight; the layer's state_dict holds the dense one."""
