@@ -192,7 +192,8 @@ int matrix_product_spmm(const product *p, int threads, gomp_parallel pool) {
     /* Enough tasks that threads which are done help the others, but 64 rows, or laying out the tokens shows. */
     int64_t blocks = (p->m.rows + ROWS - 1) / ROWS;
     const int64_t wanted = threads > 1 ? (4 * threads + turns - 1) / turns : 1, most = p->m.rows / 64;
-    if (blocks < wanted) blocks = wanted < most ? wanted : most > blocks ? most : blocks;
+    const int64_t smaller = wanted < most ? wanted : most;
+    if (blocks < smaller) blocks = smaller;
     work.rows = share_of(p->m.rows, blocks);
     work.blocks = (p->m.rows + work.rows - 1) / work.rows;
     const int64_t tasks = (p->columns + work.tokens - 1) / work.tokens * work.blocks;
