@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M-Instruct, dense and pruned in every way of a study of bench/quality.json.
 
     python bench/quality.py --calibration FILE --text FILE [--study paper|methods|price|seeds] [--windows N]
-                            [--config bench/quality.json] [--model DIR] [--out DIR]
+                            [--packed] [--config bench/quality.json] [--model DIR] [--out DIR]
 
 paper: magnitude and Wanda, unstructured and N:M, the variant, one and two passes. methods: the whole family (OWL cannot
 vary N:M). price: seconds and memory of every method at 50%, to be run alone on a machine. seeds: the full text, three
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--study", default="paper", help="a study of the config")
     parser.add_argument("--windows", type=int, help="measure on so many windows instead of the study's number")
     parser.add_argument("--samples", type=int, help="calibration sequences, instead of the config's number")
+    parser.add_argument("--packed", action="store_true", help="measure packed models")
     parser.add_argument("--config", type=Path, default=here / "quality.json")
     parser.add_argument("--model", type=Path, help="another model than the demo's")
     parser.add_argument("--out", type=Path, help="another folder than bench/results/quality-STUDY")
@@ -43,7 +44,9 @@ def main() -> None:
         arguments.model or model_folder(),
         out=arguments.out or here / "results" / f"quality-{arguments.study}",
         grids=[options_of(Grid, grid | {"samples": samples}) for grid in study["grids"]],
-        setting=options_of(Setting, shared | {"windows": arguments.windows or study["windows"]}),
+        setting=options_of(
+            Setting, shared | {"windows": arguments.windows or study["windows"], "packed": arguments.packed}
+        ),
         title=arguments.model.name if arguments.model else "SmolLM2-135M-Instruct",
     )
     print_comparison(result)

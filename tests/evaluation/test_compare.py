@@ -21,6 +21,7 @@ from rich.console import Console
 
 import wanda
 from wanda import calibration, pipeline
+from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
 from wanda.evaluation.grid import PRESETS, Grid, Setting, label
@@ -106,6 +107,30 @@ def test_equals_prune_and_perplexity_one_by_one(
     assert "not used, since magnitude needs no calibration: --calibration text.txt" in table
     for name in ("sparsity", "seconds"):
         assert (out / f"perplexity-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_packed_models_are_measured_as_they_would_ship(pruning: Pruning, tiny: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    options = SHARED | {"calibration": text, "text": text, "methods": "magnitude", "sparsity": [0.5, 0.0]}
+    plain = {row["name"]: row for row in wanda.compare(tiny, out=out, **options).rows}
+    before = len(pruning.folders)
+    found = {row["name"]: row for row in wanda.compare(tiny, out=out, packed=True, keep=True, **options).rows}
+    assert len(pruning.folders) == before + 2  # the dense model is the same one
+    folder = out / "models" / next(name for name in pruning.folders[before:] if "50" in name)
+    summary = pack(str(folder), tmp_path / "packed")
+    sizes = [sum(file.stat().st_size for file in at.glob("*.safetensors")) for at in (tmp_path / "packed", folder)]
+    assert found["magnitude 50%"]["packed_size"] == pytest.approx(sizes[0] / sizes[1], rel=0.05)
+    assert summary.packed and 0.5 < found["magnitude 50%"]["packed_size"] < 0.8
+    assert found["magnitude 0%"]["packed_size"] == 1 and found["dense"]["packed_size"] is None
+    for name, row in found.items():
+        assert row["perplexity"] == pytest.approx(plain[name]["perplexity"], rel=1e-5) and not row["error"]
+        assert (row["key"] == plain[name]["key"]) == (name == "dense")
+    assert "packed size" in (out / "results.md").read_text()
+    assert not list((out / "models").glob("*.packed"))
+    with pytest.raises(ConfigurationError, match=r"--packed: .*cannot be computed in bfloat16; choose float32"):
+        wanda.compare(tiny, out=tmp_path / "other", **options | {"dtype": "bfloat16"}, packed=True)
+    with pytest.raises(ConfigurationError, match="--packed: packed models run on the CPU, the comparison on meta"):
+        wanda.compare(tiny, out=tmp_path / "other", **options | {"device": "meta"}, packed=True)
 
 
 def test_cells_share_the_calibration_and_the_dense_pass(
@@ -197,7 +222,7 @@ def test_what_is_chosen_for_lack_of_memory_makes_no_other_cell(tiny: Path, tmp_p
         plans = module._plans(str(tiny), tmp_path / "out", [Grid(methods=("wanda",), samples=(4,))], setting)
         for _, plan in plans:
             plan.take(choices)
-        keys.append([cell.key for cell in module._cells(plans, torch.zeros(6, 24, dtype=torch.int64))])
+        keys.append([cell.key for cell in module._cells(plans, torch.zeros(6, 24, dtype=torch.int64), Setting())])
     assert len(keys[0]) == 2 and keys[0] == keys[1]
 
 

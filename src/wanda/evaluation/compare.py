@@ -32,6 +32,7 @@ from wanda.report.comparison import MEASURED, RESULTS, Board, Comparison, write_
 from wanda.report.plots import write_plots
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from wanda.plan import Plan
@@ -100,7 +101,7 @@ def compare(
     first = plans[0][1]
     ids, text = _text(first, setting)
     with _locked(out):
-        cells = _cells(plans, ids)
+        cells = _cells(plans, ids, setting)
         rows = _finished(out / RESULTS)
         result = Comparison(
             out=out,
@@ -181,11 +182,35 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
         else:
             more = f" and {len(having) - 4} more cells" if len(having) > 4 else ""
             faults.append(f"{'; '.join(having[:4])}{more}: {fault}")
+    if setting.packed and plans:
+        faults += _packable(plans[0][1], setting)
     if not faults:
         faults += _room(out, plans, setting)
     if faults:
         raise ConfigurationError(faults)
     return plans
+
+
+def _packable(plan: Plan, setting: Setting) -> list[str]:
+    """Why pruned models could not be measured packed."""
+    from wanda.runtime.loading import type_of
+
+    faults = []
+    if plan.skeleton.device.type != "cpu":
+        faults.append(
+            f"--packed: packed models run on the CPU, the comparison on {plan.skeleton.device}; choose --device cpu or "
+            "leave it away"
+        )
+    try:
+        type_of(_stored(plan), _dtype(plan), plan.checkpoint.folder)
+    except ConfigurationError as error:
+        faults += [f"--packed: {fault}" for fault in error.faults]
+    return faults
+
+
+def _stored(plan: Plan) -> set[torch.dtype]:
+    """The types that a model's matrices are stored in."""
+    return {entry.dtype for entry in plan.checkpoint.entries.values() if len(entry.shape) > 1}
 
 
 def _names(recipes: Sequence[Recipe]) -> list[str]:
@@ -202,7 +227,7 @@ def _room(out: Path, plans: Sequence[tuple[Recipe, Plan]], setting: Setting) -> 
     """Whether the disk has room for a pruned model, or for all that are to be kept."""
     from wanda.checkpoint.writer import nearest_folder
 
-    need = plans[0][1].checkpoint.nbytes * (len(plans) if setting.keep else 1)
+    need = plans[0][1].checkpoint.nbytes * ((len(plans) if setting.keep else 1) + setting.packed)
     free = shutil.disk_usage(nearest_folder(out)).free
     if need <= free:
         return []
@@ -222,7 +247,7 @@ def _text(plan: Plan, setting: Setting) -> tuple[Tensor, str]:
     return ids, sources.name_of(setting.text) if text == setting.text else text
 
 
-def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
+def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor, setting: Setting) -> list[Cell]:
     """The dense model, then one cell for all recipes that come to the same thing."""
     from wanda import sources
 
@@ -248,7 +273,7 @@ def _cells(plans: Sequence[tuple[Recipe, Plan]], ids: Tensor) -> list[Cell]:
         if recipe.pattern is not None:
             resolved["group"] = None  # the M inputs compete
         content = {"calibration": calibration if plan.calibrated else None}  # whatever its file is called
-        key = _digest(common | {"recipe": resolved | content})
+        key = _digest(common | {"recipe": resolved | content} | ({"packed": True} if setting.packed else {}))
         if not plan.calibrated and key not in cells:
             name = f"{label(recipe)} {extent(recipe)}"
         cells.setdefault(key, Cell(name, key, recipe, resolved))
@@ -307,7 +332,9 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["format"] != FORMAT:
             raise ValueError(f"format {kept['format']}")
-        return {row["key"]: row for row in [*kept["cells"], *kept["earlier"]] if not row["error"]}
+        return {
+            row["key"]: dict.fromkeys(MEASURED) | row for row in [*kept["cells"], *kept["earlier"]] if not row["error"]
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{file} holds no comparison ({error}); choose another --out or remove it") from error
 
@@ -385,7 +412,7 @@ def _cell(
 ) -> dict[str, Any]:
     """Prune and measure one cell: its row."""
     if cell.recipe is None:
-        return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting, now))
+        return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting.dtype, setting, now))
     from wanda.checkpoint.writer import partial_folder
     from wanda.sources import name_of
 
@@ -397,7 +424,10 @@ def _cell(
             shutil.rmtree(partial_folder(folder), ignore_errors=True)
     report = json.loads((folder / "wanda.json").read_text(encoding="utf-8"))
     try:
-        measured = _measure(folder, ids, setting, now)
+        if setting.packed:
+            measured = _measure_packed(folder, ids, _dtype(plan), setting, now)
+        else:
+            measured = _measure(folder, ids, setting.dtype, setting, now)
     finally:
         if not setting.keep and not isinstance(sys.exception(), KeyboardInterrupt):
             shutil.rmtree(folder)
@@ -442,7 +472,24 @@ def _prune(model: str, folder: Path, recipe: Recipe, shared: Path, now: Callable
         raise RunError(f"pruning ended with exit code {process.returncode}: {' '.join(said).removeprefix('wanda: ')}")
 
 
-def _measure(folder: Path, ids: Tensor, setting: Setting, now: Callable[[str], None]) -> dict[str, Any]:
+def _measure_packed(
+    folder: Path, ids: Tensor, dtype: str, setting: Setting, now: Callable[[str], None]
+) -> dict[str, Any]:
+    """What `_measure` finds when the model in `folder` runs packed, and its packed size."""
+    from wanda.checkpoint.packed import pack
+
+    packed = folder.with_name(folder.name + ".packed")
+    now("packing")
+    try:
+        summary = pack(str(folder), packed, overwrite=True)
+        # A model of which nothing could be packed is an ordinary one.
+        found = _measure(packed if summary.packed else folder, ids, dtype, setting, now)
+    finally:
+        shutil.rmtree(packed, ignore_errors=True)
+    return found | {"packed_size": summary.folder_after / summary.folder_before}
+
+
+def _measure(folder: Path, ids: Tensor, dtype: str, setting: Setting, now: Callable[[str], None]) -> dict[str, Any]:
     """Perplexity of the model in `folder`, and how long that took."""
     from wanda.evaluation.models import load
     from wanda.evaluation.perplexity import measure
@@ -455,7 +502,7 @@ def _measure(folder: Path, ids: Tensor, setting: Setting, now: Callable[[str], N
         now(f"measuring: window {done}/{len(ids)}")
 
     now("measuring")
-    network = load(folder, setting.dtype, setting.device, setting.trust_remote_code)
+    network = load(folder, dtype, setting.device, setting.trust_remote_code)
     found = measure(network, ids, "", advance=advance)
     del network
     gc.collect()  # modules hold cycles,

@@ -162,6 +162,8 @@ class Setting:
     """Peak memory of a pruning process, such as 4GB; what does not fit is chosen otherwise or refused."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model."""
+    packed: Annotated[bool, Parameter(negative="")] = False
+    """Measure the pruned models packed, as `wanda pack` would ship them, and tell their sizes; on the CPU."""
     keep: Annotated[bool, Parameter(negative="")] = False
     """Leave the pruned models in DIR/models instead of removing each once it is measured."""
 

@@ -22,7 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 RESULTS = "results.json"
-MEASURED = ("sparsity", "perplexity", "seconds", "peak_memory_bytes", "relative_error", "measure_seconds")
+MEASURED = (
+    "sparsity",
+    "perplexity",
+    "seconds",
+    "peak_memory_bytes",
+    "relative_error",
+    "measure_seconds",
+    "packed_size",  # share of the dense tensors' bytes; None where the model was measured as it was written
+)
 AXES = ("method", "score", "group", "update", "allocation", "inherit", "propagate", "variant", "pattern")
 _WORD = 28  # the longest word of a table's first column that is not broken on a narrow terminal
 _SAMPLING = ("calibration", "samples", "seqlen", "seed")
@@ -191,14 +199,18 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a cell a row; samples and seed only where they differ."""
     recipes = [row["recipe"] for row in comparison.rows if row["recipe"] is not None]
     told = [name for name in ("samples", "seed") if len({r[name] for r in recipes} - {None}) > 1]
+    packed = any(row["packed_size"] is not None for row in comparison.rows)
     header = ["method", "sparsity", *told, "perplexity", "output error", "seconds", "peak memory"]
+    header += ["packed size"] if packed else []
     rows = []
     for row in comparison.rows:
         recipe = row["recipe"] or {}
         sampling = ["" if recipe.get(name) is None else str(recipe[name]) for name in told]
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.4f}"
         found = "failed" if row["error"] else _perplexity(row)
-        rows.append([row["label"] or "dense", extent_of(row), *sampling, found, error, _seconds(row), _memory(row)])
+        values = [row["label"] or "dense", extent_of(row), *sampling, found, error, _seconds(row), _memory(row)]
+        size = "" if row["packed_size"] is None else f"{row['packed_size']:.3f}"
+        rows.append([*values, size] if packed else values)
     return header, rows
 
 
@@ -230,6 +242,8 @@ def _markdown(comparison: Comparison) -> str:
         "Seconds and peak memory are of the pruning process; output error is the mean over the pruned matrices",
     ]
     lines += ["(exact with a Gram matrix, estimated from input norms without one)."]
+    if any(row["packed_size"] is not None for row in comparison.rows):
+        lines += ["Measured packed (`wanda pack`); packed size is of all tensors, the dense model's being 1."]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     lines += [f"{threads}; {versions}."]

@@ -110,7 +110,11 @@ def computed_dtype(folder: Path, dtype: str = "auto") -> torch.dtype | None:
 
     Raises ConfigurationError for a type that is neither stored nor float32, or a folder that is not packed.
     """
-    stored = stored_dtypes(folder)
+    return type_of(stored_dtypes(folder), dtype, folder)
+
+
+def type_of(stored: set[torch.dtype], dtype: str, folder: Path) -> torch.dtype | None:
+    """`computed_dtype` for packed values of the types `stored`, in a folder that messages name."""
     if dtype == "auto":
         slow = stored - {torch.float32} and not cpu_has_bfloat16()
         return torch.float32 if slow else stored.pop() if len(stored) == 1 else None
