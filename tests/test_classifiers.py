@@ -132,7 +132,7 @@ def test_two_passes_and_magnitude_and_a_pattern(images: Path, tmp_path: Path) ->
 def test_a_run_that_broke_off_resumes_in_the_same_bytes(
     propagate: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanda.pipeline import BlockLoop
+    from wanda.block_loop import BlockLoop
 
     options: dict[str, Any] = {
         **{"calibration": f"images:{images}", "samples": 6, "progress": False, "propagate": propagate},

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from models import LINES, tiny_llama
+from wanda.block_loop import BlockLoop
 from wanda.cli import COMMANDS, main
-from wanda.pipeline import BlockLoop
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

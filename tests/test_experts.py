@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from architectures import saved, tiny
 from models import VOCABULARY, tiny_tokenizer
 from wanda.allocation import ALLOCATIONS
+from wanda.block_loop import BlockLoop
 from wanda.blocks import Blocks
 from wanda.errors import ConfigurationError, RunError
-from wanda.pipeline import BlockLoop, prune, prune_model
+from wanda.pipeline import prune, prune_model
 from wanda.plan import Plan, choose
 from wanda.recipe import Recipe
 from wanda.scores import SCORES

@@ -162,7 +162,7 @@ def test_samples_are_split_into_whole_micro_batches_in_order(world: int, samples
 
 
 KILL = """
-from wanda.pipeline import BlockLoop
+from wanda.block_loop import BlockLoop
 solve = BlockLoop._solve
 def patched(self, index, *rest):
     if index == 2 and self.ranks.rank == {rank}:

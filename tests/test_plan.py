@@ -18,9 +18,10 @@ from torch import Tensor
 import wanda.plan
 from models import tiny_llama
 from wanda.activations import Activations
+from wanda.block_loop import BlockLoop
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError
-from wanda.pipeline import BlockLoop, prune
+from wanda.pipeline import prune
 from wanda.plan import Choices, Plan
 from wanda.recipe import Recipe
 from wanda.statistics import Needs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -221,6 +221,30 @@ class Recipe:
         elif "sparsity" in fields:
             fields = {"pattern": None} | fields
         return dataclasses.replace(base, **fields)
+
+
+def make_recipe(options: Mapping[str, Any], recipe: Recipe | None = None) -> Recipe:
+    """The recipe, or one from keyword options.
+
+    Raises ConfigurationError for an option that does not exist, or that would be ignored beside a recipe.
+    """
+    known = set(Recipe.__dataclass_fields__)
+    unknown = [f"there is no option {name!r}: {near(name, known)}" for name in options if name not in known]
+    if recipe is not None:
+        ignored = [name for name in options if name in known]
+        if ignored:
+            unknown.append(f"{' and '.join(ignored)} would be ignored beside a recipe: say it there")
+        if not unknown:
+            return recipe
+    if unknown:
+        raise ConfigurationError(unknown)
+    values = dict(options)
+    if isinstance(values.get("sparsity_of"), Mapping):
+        values["sparsity_of"] = [f"{glob}={share}" for glob, share in values["sparsity_of"].items()]
+    for name in ("include", "exclude", "sparsity_of"):
+        if name in values:
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
+    return Recipe(**values)
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
