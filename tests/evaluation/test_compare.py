@@ -20,10 +20,11 @@ import torch
 from rich.console import Console
 
 import wanda
-from wanda import calibration, pipeline
+from wanda import block_loop, calibration
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
+from wanda.evaluation import perplexity as perplexity_module
 from wanda.evaluation.grid import PRESETS, Grid, Setting, label
 from wanda.evaluation.perplexity import perplexity
 from wanda.plan import Choices
@@ -149,7 +150,7 @@ def test_cells_share_the_calibration_and_the_dense_pass(
         monkeypatch.setattr(owner, name, counted)
 
     counting(calibration, "token_ids")
-    counting(pipeline.BlockLoop, "_measures")
+    counting(block_loop.BlockLoop, "_measures")
     out, options = tmp_path / "out", {"calibration": text, "sparsity": [0.5, 0.6], "seeds": [0, 1], "keep": True}
     found = wanda.compare(tiny, out=out, text=text, methods=["owl", "wanda"], **SHARED | options)
     assert sorted(made) == ["_measures"] * 2 + ["token_ids"] * 2  # two seeds
@@ -213,6 +214,36 @@ def test_goes_on_after_a_stop_without_redoing_cells(
     whole = wanda.compare(tiny, out=out, **options | {"calibration": str(file)})
     assert len(pruning.folders) == 9 and "5 cells of earlier comparisons" in whole.notes[0]
     assert [row["perplexity"] for row in whole.rows] == [row["perplexity"] for row in done.rows]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_goes_on_in_the_middle_of_a_text(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    options = SHARED | {"calibration": text, "text": text, "methods": "magnitude", "packed": packed}
+    monkeypatch.setattr(perplexity_module, "_BATCH_LOGITS", 2 * 24 * 300)  # two windows a pass
+    whole = wanda.compare(tiny, out=tmp_path / "whole", **options)
+    monkeypatch.setattr(module, "_OFTEN", 0.0)
+    passes: list[int] = []
+    logits = perplexity_module._logits
+    monkeypatch.setattr(perplexity_module, "_logits", lambda m, ids: passes.append(len(ids)) or logits(m, ids))
+    now = Board.now
+    for stop, cell in enumerate(("dense", "magnitude 50%")):
+
+        def stopping(self: Board, number: int, state: str, stop: int = stop) -> None:
+            now(self, number, state)
+            if number == stop and state == "measuring: window 4/6":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Board, "now", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            wanda.compare(tiny, out=tmp_path / "out", **options)
+        assert cell not in results(tmp_path / "out")
+    monkeypatch.setattr(Board, "now", now)
+    found = wanda.compare(tiny, out=tmp_path / "out", **options)
+    assert passes == [2] * 6 and len(pruning.folders) == 2  # each window once
+    assert [row["perplexity"] for row in found.rows] == [row["perplexity"] for row in whole.rows]
+    assert not (tmp_path / "out" / "models").exists()
 
 
 def test_what_is_chosen_for_lack_of_memory_makes_no_other_cell(tiny: Path, tmp_path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """A grid of ways to prune, each pruned and measured: the cells of a comparison.
 
 Every cell is pruned by a process of its own, so that its peak memory is its own, into DIR/models, and measured here.
-DIR/results.json is replaced whole after every cell: a comparison that was stopped goes on with what is missing.
+DIR/results.json is replaced whole after every cell, the losses of the windows measured so far every few seconds: a
+comparison that was stopped goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ _CALIBRATION = (
     "propagate",
 )  # what a recipe without calibration does not use
 _NOTES = 4  # kinds of notes on layers that a cell keeps
+_OFTEN = 5.0  # seconds of measuring that a stop may lose
 
 
 @dataclass(frozen=True)
@@ -411,8 +414,9 @@ def _cell(
     now: Callable[[str], None],
 ) -> dict[str, Any]:
     """Prune and measure one cell: its row."""
+    losses = models / f"{cell.folder}.losses.json"
     if cell.recipe is None:
-        return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting.dtype, setting, now))
+        return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting.dtype, setting, losses, now))
     from wanda.checkpoint.writer import partial_folder
     from wanda.sources import name_of
 
@@ -425,9 +429,9 @@ def _cell(
     report = json.loads((folder / "wanda.json").read_text(encoding="utf-8"))
     try:
         if setting.packed:
-            measured = _measure_packed(folder, ids, _dtype(plan), setting, now)
+            measured = _measure_packed(folder, ids, _dtype(plan), setting, losses, now)
         else:
-            measured = _measure(folder, ids, setting.dtype, setting, now)
+            measured = _measure(folder, ids, setting.dtype, setting, losses, now)
     finally:
         if not setting.keep and not isinstance(sys.exception(), KeyboardInterrupt):
             shutil.rmtree(folder)
@@ -473,7 +477,7 @@ def _prune(model: str, folder: Path, recipe: Recipe, shared: Path, now: Callable
 
 
 def _measure_packed(
-    folder: Path, ids: Tensor, dtype: str, setting: Setting, now: Callable[[str], None]
+    folder: Path, ids: Tensor, dtype: str, setting: Setting, losses: Path, now: Callable[[str], None]
 ) -> dict[str, Any]:
     """What `_measure` finds when the model in `folder` runs packed, and its packed size."""
     from wanda.checkpoint.packed import pack
@@ -483,31 +487,56 @@ def _measure_packed(
     try:
         summary = pack(str(folder), packed, overwrite=True)
         # A model of which nothing could be packed is an ordinary one.
-        found = _measure(packed if summary.packed else folder, ids, dtype, setting, now)
+        found = _measure(packed if summary.packed else folder, ids, dtype, setting, losses, now)
     finally:
         shutil.rmtree(packed, ignore_errors=True)
     return found | {"packed_size": summary.folder_after / summary.folder_before}
 
 
-def _measure(folder: Path, ids: Tensor, dtype: str, setting: Setting, now: Callable[[str], None]) -> dict[str, Any]:
-    """Perplexity of the model in `folder`, and how long that took."""
+def _measure(
+    folder: Path, ids: Tensor, dtype: str, setting: Setting, losses: Path, now: Callable[[str], None]
+) -> dict[str, Any]:
+    """Perplexity of the model in `folder`, and how long that took.
+
+    losses: the file that keeps what is measured until all is.
+    """
+    import torch
+
     from wanda.evaluation.models import load
-    from wanda.evaluation.perplexity import measure
+    from wanda.evaluation.perplexity import passes, perplexity_of
+    from wanda.evaluation.record import replace_file
 
-    done = 0
-
-    def advance(windows: int) -> None:
-        nonlocal done
-        done += windows
-        now(f"measuring: window {done}/{len(ids)}")
-
-    now("measuring")
+    kept = _measured(losses)
+    done: list[float] = kept["losses"]
+    now(f"measuring: window {len(done)}/{len(ids)}" if done else "measuring")
     network = load(folder, dtype, setting.device, setting.trust_remote_code)
-    found = measure(network, ids, "", advance=advance)
+    written = time.perf_counter()
+    start = written - kept["seconds"]
+    for found, _ in passes(network, ids[len(done) :]):
+        done += found.tolist()
+        if time.perf_counter() - written >= _OFTEN:
+            losses.parent.mkdir(exist_ok=True)
+            replace_file(losses, json.dumps({"losses": done, "seconds": time.perf_counter() - start}))
+            written = time.perf_counter()
+        now(f"measuring: window {len(done)}/{len(ids)}")
+    seconds = time.perf_counter() - start
+    losses.unlink(missing_ok=True)
     del network
     gc.collect()  # modules hold cycles,
     give_back()  # and the next process needs the room
-    return {"perplexity": found.perplexity, "measure_seconds": round(found.seconds, 2)}
+    return {
+        "perplexity": perplexity_of(torch.tensor(done, dtype=torch.float64)),
+        "measure_seconds": round(seconds, 2),
+    }
+
+
+def _measured(losses: Path) -> dict[str, Any]:
+    """The windows' losses that a stopped comparison has kept of a cell, and the seconds they took."""
+    try:
+        kept = json.loads(losses.read_text(encoding="utf-8"))
+        return {"losses": [float(value) for value in kept["losses"]], "seconds": float(kept["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"losses": [], "seconds": 0.0}
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:

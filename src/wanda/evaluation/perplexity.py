@@ -124,44 +124,23 @@ def cut(ids: Tensor, seqlen: int, windows: int | None = None) -> Tensor:
     return flat[: flat.numel() // seqlen * seqlen].reshape(-1, seqlen)[:windows]
 
 
-@torch.no_grad()
 def measure(
-    model: nn.Module,
-    ids: Tensor,
-    label: str,
-    *,
-    dense: nn.Module | None = None,
-    batch: int | None = None,
-    advance: Callable[[int], None] | None = None,
+    model: nn.Module, ids: Tensor, label: str, *, dense: nn.Module | None = None, batch: int | None = None
 ) -> Perplexity:
     """Perplexity of a module on windows of token ids [windows, seqlen]; `dense` adds the KL divergence from it.
 
-    advance: called with the number of windows that a forward pass finished; a bar on a terminal when None.
+    A bar on a terminal shows how far it is.
     """
     count, seqlen = ids.shape
-    if batch is not None and batch < 1:
-        raise ConfigurationError(f"--batch {batch} has to be at least 1")
-    size = batch or max(1, _BATCH_LOGITS // (seqlen * vocabulary(model)))
-    if dense is not None and vocabulary(dense) != vocabulary(model):
-        raise ConfigurationError(
-            f"--against has a vocabulary of {vocabulary(dense)} tokens, the model of {vocabulary(model)}; "
-            "give the dense model that it was made from"
-        )
     losses, divergences = [], []
     start = time.perf_counter()
-    with _progress(count, label) if advance is None else contextlib.nullcontext(advance) as advance:
-        for part in ids.split(size):
-            logits = _logits(model, part)
-            reference = None if dense is None else _logits(dense, part)
-            loss, kl = window_losses(logits, part, None, reference)
+    with _progress(count, label) as advance:
+        for loss, kl in passes(model, ids, dense=dense, batch=batch):
             losses.append(loss)
             divergences.append(kl)
-            advance(len(part))
-    mean = torch.cat(losses).mean().item()
-    if not math.isfinite(mean):
-        raise RunError("the model's losses are not finite: its weights or activations overflow; try --dtype float32")
+            advance(len(loss))
     return Perplexity(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=perplexity_of(torch.cat(losses)),
         seqlen=seqlen,
         windows=count,
         tokens=count * (seqlen - 1),
@@ -170,6 +149,39 @@ def measure(
         text=label,
         kl=None if dense is None else torch.cat([kl for kl in divergences if kl is not None]).mean().item(),
     )
+
+
+def passes(
+    model: nn.Module, ids: Tensor, *, dense: nn.Module | None = None, batch: int | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The mean losses of the windows of each forward pass, and the KL divergences from `dense`: float64 [windows].
+
+    ids: token ids [windows, seqlen]; the rest of a text's windows gives the rest of its losses, bit for bit, where it
+    starts with a pass.
+    """
+    if batch is not None and batch < 1:
+        raise ConfigurationError(f"--batch {batch} has to be at least 1")
+    size = batch or max(1, _BATCH_LOGITS // (ids.shape[1] * vocabulary(model)))
+    if dense is not None and vocabulary(dense) != vocabulary(model):
+        raise ConfigurationError(
+            f"--against has a vocabulary of {vocabulary(dense)} tokens, the model of {vocabulary(model)}; "
+            "give the dense model that it was made from"
+        )
+    for part in ids.split(size):
+        with torch.no_grad():
+            logits = _logits(model, part)
+            reference = None if dense is None else _logits(dense, part)
+            found = window_losses(logits, part, None, reference)
+            del logits, reference  # they would wait for whoever takes the losses
+        yield found
+
+
+def perplexity_of(losses: Tensor) -> float:
+    """exp of the mean of the windows' losses [windows]; raises RunError where they are not finite."""
+    mean = losses.mean().item()
+    if not math.isfinite(mean):
+        raise RunError("the model's losses are not finite: its weights or activations overflow; try --dtype float32")
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def window_losses(
