@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from wanda import sources
 from wanda.errors import ConfigurationError
+from wanda.images import PREFIX, is_images
 
 _STREAK = 2000  # so many documents drawn one after the other, all too short: there are too few long ones to look for
 _CHARACTERS_A_TOKEN = 16  # generous: no ordinary text has fewer tokens than characters / 16
@@ -19,6 +21,17 @@ _CHARACTERS_A_TOKEN = 16  # generous: no ordinary text has fewer tokens than cha
 def check_source(source: str) -> list[str]:
     """Faults of a SOURCE (see `wanda.sources`) that show without loading much: [] when there is none."""
     return sources.faults(source)
+
+
+def local_files(source: str) -> list[Path]:
+    """The file or folder that a source (`images:` too) is read from, where it is on this machine."""
+    if is_images(source):
+        path = Path(source.removeprefix(PREFIX)).expanduser()
+    elif source in sources.NAMED:
+        return []
+    else:
+        path = sources.file_of(source)
+    return [path] if path.exists() else []
 
 
 def token_ids(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from wanda import sources
 from wanda.block_loop import BlockLoop
 from wanda.blocks import find_blocks
+from wanda.checkpoint.folder import followed, partial_folder
 from wanda.checkpoint.tensors import Entry, bytes_of
-from wanda.checkpoint.writer import Writer, finished, partial_folder
+from wanda.checkpoint.writer import Writer, finished
 from wanda.device import available_memory
 from wanda.errors import ConfigurationError, RunError
 from wanda.memory import peak_memory
@@ -71,7 +72,8 @@ def prune(
     recipe = make_recipe(options, recipe)
     if dry_run and shared is not None:
         raise ConfigurationError("a dry run computes nothing that --shared could keep; leave one of them away")
-    plan = ranks.in_turn(lambda: make_plan(model, Path(out), recipe, overwrite, resume, ranks.world, ranks.neighbours))
+    out = followed(Path(out))
+    plan = ranks.in_turn(lambda: make_plan(model, out, recipe, overwrite, resume, ranks.world, ranks.neighbours))
     ranks.connect(plan.skeleton.device)
     _same_plan(plan, ranks)
     if dry_run:

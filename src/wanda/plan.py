@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from wanda.allocation import ALLOCATIONS
+from wanda.calibration import local_files
 from wanda.chain import channels_of, watch
+from wanda.checkpoint.folder import nearest_folder, output_faults
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.skeleton import Skeleton
 from wanda.checkpoint.source import is_timm, load_config, read_config, resolve, sequence_length, stored_dtype
-from wanda.checkpoint.writer import journaled, nearest_folder, output_faults
+from wanda.checkpoint.writer import journaled
 from wanda.composition import Composition
 from wanda.device import available_memory, compute_dtype, pick_device
 from wanda.errors import ConfigurationError
@@ -267,7 +269,8 @@ def make_plan(
         folder = resolve(str(model), recipe.trust_remote_code)
     except ConfigurationError as error:
         faults += error.faults
-    faults += output_faults(out, folder, overwrite, resume)
+    inputs = [Path(model), *local_files(recipe.calibration), *([folder] if folder is not None else [])]
+    faults += output_faults(out, inputs, overwrite, resume)
     if folder is None:
         raise ConfigurationError(faults)
     checkpoint = skeleton = None

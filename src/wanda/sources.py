@@ -116,6 +116,11 @@ def name_of(source: str) -> str:
     return source if source in NAMED else source.removeprefix(str(Path(source).parent)).lstrip("/")
 
 
+def file_of(source: str) -> Path:
+    """The file of a source that is no named set."""
+    return _split(source)[0]
+
+
 def _split(source: str) -> tuple[Path, tuple[str, ...]]:
     """FILE:a+b -> file and fields; a file whose own name has a colon wins."""
     path = Path(source).expanduser()

@@ -8,8 +8,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from byhand import is_pruned
+from byhand import is_pruned, prune_by_hand
 from wanda.checkpoint.source import load_model
 from wanda.errors import ConfigurationError
 from wanda.recovery.lora import adapted_layers, add_adapter, merged_weights
@@ -19,6 +20,7 @@ from wanda.recovery.settings import Settings
 from wanda.recovery.tune import tune
 
 pytest.importorskip("peft")
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 
 OPTIONS = {
     "steps": 8,
@@ -108,6 +110,35 @@ def test_through_the_mask_gradients_are_those_of_the_masked_product(pruned):
     assert set(merged_weights(tuned, masks.parameters)) <= {k for k in masks.parameters if is_pruned(k)}
 
 
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head.weight"),
+        (LoraConfig(target_modules=["q_proj"], bias="lora_only"), "q_proj.*bias"),
+        (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "token"),
+        (LoraConfig(target_modules=["embed_tokens"]), "lora_embedding_A"),
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "magnitude"),
+        (LoraConfig(target_modules=["lm_head"]), "lm_head.weight, for which .*bias has no tensor of its own"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "kind IA3"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "kind PROMPT_TUNING"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of peft, on adapters that are odd on purpose
+def test_what_merging_would_lose_is_refused(tmp_path, config, part):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, attention_bias=True, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "dense")
+    folder = prune_by_hand(tmp_path / "dense", tmp_path / "bias")
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder), config).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    with pytest.raises(ConfigurationError, match=rf"{part}.*merge it with the tool that made it"):
+        merge(folder, tmp_path / "adapter", out=tmp_path / "out", mask=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def test_adapters_that_do_not_fit_are_refused(pruned, text, tmp_path):
     folder = pruned()
     tune(folder, out=tmp_path / "adapter", lora=True, calibration=text, **OPTIONS)
@@ -127,6 +158,6 @@ def test_adapters_that_do_not_fit_are_refused(pruned, text, tmp_path):
     for key in [key for key in tensors if "lora_B" in key]:
         tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(len(tensors[key]))
     save_file(tensors, other / "adapter_model.safetensors")
-    with pytest.raises(ConfigurationError, match=r"adapted by DoraLinearVariant, not by plain LoRA"):
+    with pytest.raises(ConfigurationError, match=r"is not plain LoRA .*magnitude.*; merge it with the tool"):
         merge(folder, other, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

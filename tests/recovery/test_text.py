@@ -15,7 +15,7 @@ def test_parts_are_disjoint_pieces_of_the_text_in_order(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text(" ".join(str(number) for number in range(3000)), encoding="utf-8")
     tokenizer = tiny_tokenizer()
-    train, held, notes = sequences(str(file), tokenizer, wanted=40, held_out=3, seqlen=16, seed=0)
+    train, held, notes = sequences(str(file), tokenizer, steps=8, batch=5, held_out=3, seqlen=16, seed=0)
     assert (train.shape, held.shape, notes) == ((40, 16), (3, 16), [])
     ids = tokenizer(file.read_text())["input_ids"]
     assert train.flatten().tolist() + held.flatten().tolist() == ids[: 43 * 16]
@@ -28,7 +28,7 @@ def test_documents_come_in_the_seeds_order_each_once(tmp_path):
     tokenizer = tiny_tokenizer()
 
     def all_text(seed):
-        train, held, notes = sequences(f"{file}:a+b", tokenizer, wanted=10**6, held_out=4, seqlen=8, seed=seed)
+        train, held, notes = sequences(f"{file}:a+b", tokenizer, steps=10**6, batch=1, held_out=4, seqlen=8, seed=seed)
         assert len(held) == 4 and "times" in notes[0]
         return tokenizer.decode(train.flatten().tolist() + held.flatten().tolist())
 
@@ -43,7 +43,7 @@ def test_too_short_and_rather_short_texts(tmp_path):
     with pytest.raises(
         ConfigurationError, match=rf"too short: it has {count} tokens, and two sequences of {count} are"
     ):
-        sequences(str(file), tiny_tokenizer(), wanted=2, held_out=1, seqlen=count, seed=0)
-    train, held, notes = sequences(str(file), tiny_tokenizer(), wanted=2, held_out=9, seqlen=count // 2, seed=0)
+        sequences(str(file), tiny_tokenizer(), steps=1, batch=2, held_out=1, seqlen=count, seed=0)
+    train, held, notes = sequences(str(file), tiny_tokenizer(), steps=1, batch=2, held_out=9, seqlen=count // 2, seed=0)
     assert (len(train), len(held)) == (1, 1)
-    assert "1 instead of 9" in notes[0] and "seen 2.0 times" in notes[1]
+    assert "1 instead of 9" in notes[0] and "seen 1.0 times" in notes[1] and "takes 1 instead of 2" in notes[2]

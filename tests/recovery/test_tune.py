@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from byhand import prune_by_hand
 from models import tiny_llama, tiny_tokenizer
 from ranks import Server
 from wanda import prune
+from wanda.checkpoint.folder import locked
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.recovery import trainer as training
@@ -90,6 +93,59 @@ def test_an_interrupted_run_resumes_and_ends_the_same(pruned, text, tmp_path, mo
     tune(folder, out=tmp_path / "stopped", resume=True, **options)
     whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_what_changed_or_broke_since_a_run_was_stopped_is_told(pruned, text, tmp_path, monkeypatch):
+    folder = pruned()
+    options = {"full": True, "calibration": text, "out": tmp_path / "out"} | SHORT | FAST
+    monkeypatch.setattr("wanda.recovery.trainer.train_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder, **options)
+    words = Path(text).read_text(encoding="utf-8")
+    Path(text).write_text(words.replace("fox", "dog"), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"begun with other settings \(the text\)"):
+        tune(folder, resume=True, **options)
+    Path(text).write_text(words, encoding="utf-8")
+    with (
+        locked(tmp_path / "out.partial", tmp_path / "out"),
+        pytest.raises(ConfigurationError, match="another run is writing"),
+    ):
+        tune(folder, resume=True, **options)
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder, resume=True, **options)
+    (tmp_path / "out.partial" / "tune.json").write_text("")
+    with pytest.raises(ConfigurationError, match=r"tune.json cannot be read .* start anew with --overwrite"):
+        tune(folder, resume=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_full_disk_is_told_and_the_run_goes_on(pruned, text, tmp_path, monkeypatch, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    options = {kind: True, "calibration": text, "out": tmp_path / "out"} | SHORT | FAST
+    full = OSError(errno.ENOSPC, "No space left on device")
+    place, folder = f"wanda.recovery.{'output' if kind == 'full' else 'tune'}.add_record", pruned()
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.serialize_file", lambda *_, **__: (_ for _ in ()).throw(SafetensorError(full)))
+        with pytest.raises(RunError, match=r"a checkpoint cannot be written .*No space .*free some space and --resume"):
+            tune(folder, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))
+        with pytest.raises(RunError, match=r"cannot be written .*No space left on device.*; free some space"):
+            tune(folder, resume=True, **options)
+    assert tune(folder, resume=True, **options)["steps"] == 12
+    assert (tmp_path / "out" / "wanda.json").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluations", "measured"), [(19, 10, [0, *range(2, 19, 2), 19]), (3, 5, [0, 1, 2, 3])]
+)
+def test_measured_no_more_often_than_asked_and_at_the_end(pruned, text, tmp_path, steps, evaluations, measured):
+    options = (
+        SHORT | FAST | {"steps": steps, "evaluations": evaluations, "batch": 2, "patience": 99, "learning_rate": 1e-3}
+    )
+    record = tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **options)
+    assert [row["step"] for row in record["history"] if "eval_loss" in row] == measured
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(pruned, text, tmp_path, monkeypatch):
@@ -256,10 +312,27 @@ def test_all_faults_at_once_before_anything_is_loaded(pruned, text, tmp_path):
     folder = pruned()
     with pytest.raises(ConfigurationError) as caught:
         tune(
-            folder, out=folder, lora=True, full=True, steps=0, batch=3, micro_batch=2, dropout=1.0, calibration="nosuch"
+            folder,
+            out=folder,
+            lora=True,
+            full=True,
+            steps=0,
+            batch=3,
+            micro_batch=2,
+            dropout=1.0,
+            calibration="nosuch",
+            seed=-1,
         )
     faults = "\n".join(caught.value.faults)
-    for part in ("one of --lora", "--steps 0", "no multiple of --micro-batch", "--dropout", "nosuch", "is the input"):
+    for part in (
+        "one of --lora",
+        "--steps 0",
+        "--seed -1",
+        "no multiple of --micro-batch",
+        "--dropout",
+        "nosuch",
+        "is the input",
+    ):
         assert part in faults
     with pytest.raises(ConfigurationError, match=r"above the model's context of 128"):
         tune(folder, out=tmp_path / "out", full=True, seqlen=129, calibration=text)

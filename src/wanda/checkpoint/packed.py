@@ -21,10 +21,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from wanda.checkpoint.folder import INDEX, WEIGHTS, new_folder
 from wanda.checkpoint.packed_planes import join_planes, require_zstd, split_planes
 from wanda.checkpoint.source import read_config, resolve, weight_files
-from wanda.checkpoint.tensors import DTYPES, NAMES, Entry, read_header, sync_folder, write_file
-from wanda.checkpoint.writer import output_faults, partial_folder, replace_folder
+from wanda.checkpoint.tensors import DTYPES, NAMES, Entry, read_header, write_file
 from wanda.errors import ConfigurationError, RunError
 from wanda.kernels.packed import (
     ALIGNMENT,
@@ -42,7 +42,6 @@ MANIFEST = "wanda_packed.json"
 FORMAT, VERSION = "wanda-packed", 1
 WORTH = 0.9  # of its dense size is the most that a packed matrix may take; above that it stays dense
 SHARD = 1 << 31  # bytes of tensors in a file, about
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _PARTS = {"mask": torch.uint64, "offsets": torch.uint32}
 _STORED = {False: ("mask", "offsets", "values"), True: ("mask", "offsets", "exponents", "rest")}
 _PIECE = 1 << 24
@@ -127,7 +126,7 @@ def pack(
     for file in weight_files(source):
         entries.update(read_header(file)[0])
     summary = Summary(folder_before=sum(entry.nbytes for entry in entries.values()))
-    with _output(out, source, overwrite) as partial:
+    with new_folder(out, [Path(model), source], overwrite) as partial:
         writer = _ShardWriter(partial, entries)
         for key, entry in entries.items():
             if progress:
@@ -177,7 +176,7 @@ def unpack(
             filled = 0
         shards[-1].append(key)
         filled += sizes[key]
-    with _output(out, folder, overwrite) as partial:
+    with new_folder(out, [folder], overwrite) as partial:
         weight_map = {}
         for number, keys in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -193,7 +192,7 @@ def unpack(
         total = sum(sizes.values())
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         left_out = _copy_others(folder, partial, checkpoint.files)
     return total, left_out
 
@@ -376,37 +375,16 @@ def _checksum(pieces: Iterable[memoryview]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _output(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` when the body is through, and goes when it fails."""
-    faults = output_faults(out, source, overwrite, resume=False)
-    if faults:
-        raise ConfigurationError(faults)
-    partial = partial_folder(out)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            sync_folder(partial)
-            replace_folder(partial, out.absolute())
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}; free some space or choose another --out") from error
-
-
 def _copy_others(source: Path, target: Path, taken: Set[str]) -> list[str]:
-    """Copy what is neither weights nor the manifest nor a folder; returns the names of what is left out.
+    """Copy the files that are neither weights nor the manifest; returns the names of what is left out.
 
     taken: the weight files whose tensors were written anew.
     """
     left_out = []
     for file in sorted(source.iterdir()):
-        if file.name in (MANIFEST, "model.safetensors.index.json") or file.name in taken:
+        if file.name in (MANIFEST, INDEX) or file.name in taken:
             continue
-        if file.is_dir() or file.name.endswith(_WEIGHTS):
+        if not file.is_file() or file.name.endswith(WEIGHTS):
             left_out.append(file.name)
         else:
             shutil.copyfile(file, target / file.name)

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from wanda.checkpoint.tensors import read_header
+from wanda.checkpoint.folder import INDEX
+from wanda.checkpoint.tensors import read_header, sync_files
 from wanda.device import compute_dtype, pick_device
 from wanda.errors import ConfigurationError, MissingExtraError, RunError
 
@@ -112,14 +113,19 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ConfigurationError when there is none, one is missing, or there are only pickles.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(
                 f"{index} is no index of weights ({error!r}); copy or download it again"
             ) from error
+        if outside:
+            raise ConfigurationError(
+                f"{index} names {outside[0]}, which is outside of the folder; copy the file into it, and name it there"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ConfigurationError(
@@ -316,7 +322,9 @@ def _unknown_architecture(path: Path, error: Exception, trusted: bool, kind: str
 
 
 def _refuse_quantised(config: dict[str, Any], name: str) -> None:
-    quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    quantisation = config.get("quantization_config") or inner
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
         raise ConfigurationError(
@@ -395,6 +403,7 @@ def _from_gguf(file: Path) -> Path:
         with bar, bars_on_terminals_only():
             _dequantise(file, partial)
         check_folder(partial)
+        sync_files(partial)
         try:
             partial.rename(folder)
         except OSError:

@@ -12,17 +12,29 @@ An input is known by what it holds: the journal has a digest of every tensor tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any
 
 from torch import Tensor
 
+from wanda.checkpoint.folder import (
+    INDEX,
+    JOURNAL,
+    LOCK,
+    REPLACED,
+    REPORT,
+    WEIGHTS,
+    empty_folder,
+    filled,
+    locked,
+    partial_folder,
+    replace_folder,
+)
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import is_timm, read_config
 from wanda.checkpoint.tensors import (
@@ -36,67 +48,14 @@ from wanda.checkpoint.tensors import (
 )
 from wanda.errors import ConfigurationError, RunError
 
-INDEX = "model.safetensors.index.json"
-_JOURNAL = "journal.jsonl"
-TUNE_IDENTITY = "tune.json"
-_RUNS = {_JOURNAL: "prune", TUNE_IDENTITY: "tune"}  # the file that a stopped run left, and whose run it is
-_LOCK = "lock"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_REPORT = "wanda.json"
-_OURS = ("README.md", _REPORT, _JOURNAL, _LOCK)
-_REPLACED = "replaced"  # an earlier DIR, inside the new one until it can go
+_OURS = ("README.md", REPORT, JOURNAL, LOCK)
 _OUTSIDE = "the tensors outside the blocks"
-
-
-def output_faults(
-    out: Path, source: Path | None, overwrite: bool, resume: bool, command: Literal["prune", "tune"] = "prune"
-) -> list[str]:
-    """Why `out` cannot be written, one sentence each; writes nothing.
-
-    source: the input, which must not be lost. resume: go on with a stopped run of `command`; any other stopped run is
-    somebody's work, which only `overwrite` gives up. A result that `finished` may know passes with `resume` of prune.
-    """
-    faults = []
-    if source is not None and out.resolve() == source.resolve():
-        faults.append(f"--out {out} is the input itself, which is never written to; choose another folder")
-    elif source is not None and out.resolve() in source.resolve().parents:
-        faults.append(f"--out {out} holds the input {source}, which is never written to; choose another folder")
-    elif out.exists() and not out.is_dir():
-        faults.append(f"--out {out} is a file; choose a folder")
-    elif _filled(out) and not overwrite and not (resume and command == "prune" and (out / _REPORT).is_file()):
-        faults.append(f"--out {out} is not empty; choose another folder or pass --overwrite")
-    existing = nearest_folder(out)
-    if existing.is_dir() and not os.access(existing if existing != out.absolute() else existing.parent, os.W_OK):
-        faults.append(f"--out {out} cannot be made: {existing} is not writable; choose another folder")
-    elif not existing.is_dir() and existing != out.absolute():
-        faults.append(f"--out {out} cannot be made: {existing} is a file; choose another folder")
-    partial = partial_folder(out)
-    for file, owner in _RUNS.items():
-        if not overwrite and not (resume and command == owner) and (partial / file).exists():
-            faults.append(
-                f"{partial} holds an unfinished run of wanda {owner}; go on with it by its --resume, start anew with "
-                "--overwrite, or choose another --out"
-            )
-    return faults
-
-
-def nearest_folder(path: Path) -> Path:
-    """`path`, or the nearest above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def partial_folder(out: Path) -> Path:
-    """Where `out` is built before it is renamed."""
-    return out.absolute().with_name(out.absolute().name + ".partial")
 
 
 def journaled(out: Path) -> dict[str, Any]:
     """The facts that an unfinished run under `out` has journaled; empty where there is none."""
     facts: dict[str, Any] = {}
-    for line, _ in _lines(partial_folder(out) / _JOURNAL):
+    for line, _ in _lines(partial_folder(out) / JOURNAL):
         facts.update(line.get("facts", {}))
     return facts
 
@@ -130,17 +89,17 @@ class Writer:
         self._count = len(blocks) + bool(self._parts[_OUTSIDE])
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
-        self._lock = self._locked()
+        self._lock = locked(self.folder, self.out)
         try:
-            if _filled(self.out) and not overwrite:  # since it was planned
-                if [file.name for file in self.folder.iterdir()] == [_LOCK]:
-                    (self.folder / _LOCK).unlink()
+            if filled(self.out) and not overwrite:  # since it was planned
+                if [file.name for file in self.folder.iterdir()] == [LOCK]:
+                    (self.folder / LOCK).unlink()
                     self.folder.rmdir()
                 raise ConfigurationError(f"another run has written {self.out} meanwhile; choose another --out")
             if resume:
                 self._read_journal()
             if not self.done and not self.facts:
-                self._clear()
+                empty_folder(self.folder)
                 self._append({"identity": self.identity})
         except BaseException:
             self._lock.close()
@@ -209,7 +168,7 @@ class Writer:
         texts = {} if self._single else {INDEX: json.dumps(index_text, indent=2) + "\n"}
         try:
             for file in sorted(self.source.folder.iterdir()):
-                if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OURS:
+                if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in _OURS:
                     with open(self.folder / file.name, "wb") as copy:
                         for piece in file_pieces(file):
                             copy.write(piece)
@@ -238,34 +197,6 @@ class Writer:
         self._thread.shutdown()
         self._lock.close()
 
-    def _locked(self) -> TextIO:
-        """The open lock file; the run that had it may rename or remove it while this one waits to look at it."""
-        for _ in range(100):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(self.folder.parent)
-                lock = open(self.folder / _LOCK, "a", encoding="ascii")  # noqa: SIM115
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise RunError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(lock.fileno()), (self.folder / _LOCK).stat()):
-                    return lock
-            except BlockingIOError:
-                lock.close()
-                break
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                lock.close()
-                raise RunError(
-                    f"{self.folder} cannot be locked: {error.strerror}; choose an --out on a disk that has locks"
-                ) from error
-            lock.close()
-        raise ConfigurationError(f"another run is writing {self.out}; wait for it or choose another --out")
-
     def _name(self, index: int) -> str:
         """The file of a block, or, after the last one, of what is outside the blocks."""
         return _part_name(index) if self._single else f"model-{index + 1:05d}-of-{self._count:05d}.safetensors"
@@ -283,7 +214,7 @@ class Writer:
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
-            with open(self.folder / _JOURNAL, "a", encoding="utf-8") as journal:
+            with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
                 journal.write(json.dumps(line) + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
@@ -294,7 +225,7 @@ class Writer:
             ) from error
 
     def _read_journal(self) -> None:
-        path = self.folder / _JOURNAL
+        path = self.folder / JOURNAL
         found = list(_lines(path))
         lines = [line for line, _ in found]
         if not lines:
@@ -327,20 +258,6 @@ class Writer:
                 "another --out, or start anew with --overwrite"
             )
 
-    def _clear(self) -> None:
-        """Empty the folder, the journal first: without it nothing counts as done."""
-        try:
-            for name in (_JOURNAL, TUNE_IDENTITY):
-                (self.folder / name).unlink(missing_ok=True)
-            sync_folder(self.folder)
-            for file in self.folder.iterdir():
-                if file.is_dir() and not file.is_symlink():  # a stopped run of tune has folders
-                    shutil.rmtree(file)
-                elif file.name != _LOCK:
-                    file.unlink()
-        except OSError as error:
-            raise RunError(f"{self.folder} cannot be emptied: {error.strerror}; remove it") from error
-
 
 def _lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The whole lines of a journal and their bytes; what a kill has cut short, and what follows, never happened."""
@@ -366,44 +283,17 @@ def _which(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
-def replace_folder(partial: Path, out: Path) -> None:
-    """Rename `partial` to `out`; an earlier `out` waits inside until that is done, then it is removed.
-
-    A kill between the two renames leaves both in `partial`, one after them both in `out`.
-    """
-    aside = partial / _REPLACED
-    if out.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.replace(out, aside)
-        sync_folder(out.parent)
-    try:
-        os.replace(partial, out)
-    except OSError:
-        if aside.exists():
-            with contextlib.suppress(OSError):
-                os.replace(aside, out)
-        raise
-    sync_folder(out.parent)
-    if (out / _REPLACED).exists():
-        shutil.rmtree(out / _REPLACED)
-
-
 def _tidy(out: Path, blocks: int) -> None:
     """Remove from a whole `out` what only its making needed."""
-    for name in (*(_part_name(index) for index in range(blocks)), _JOURNAL, _LOCK):
+    for name in (*(_part_name(index) for index in range(blocks)), JOURNAL, LOCK):
         (out / name).unlink(missing_ok=True)
-    if (out / _REPLACED).exists():
-        shutil.rmtree(out / _REPLACED)
+    if (out / REPLACED).exists():
+        shutil.rmtree(out / REPLACED)
     sync_folder(out)
 
 
 def _untidy(out: Path, error: OSError) -> str:
     return f"{out} is whole, but cannot be cleared of what its making needed: {error.strerror}; --resume tries again"
-
-
-def _filled(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
 
 
 def _block(index: int) -> str:
@@ -439,10 +329,10 @@ def finished(
     Reads the input and the result. None when there is something to do: the folder is empty, or `overwrite` lets it be
     replaced. Raises ConfigurationError when it holds something else and must not be.
     """
-    if not _filled(out) or (overwrite and (partial_folder(out) / _JOURNAL).exists()):
+    if not filled(out) or (overwrite and (partial_folder(out) / JOURNAL).exists()):
         return None
     try:
-        report = json.loads((out / _REPORT).read_text(encoding="utf-8"))
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
         known = dict(report["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         known = report = {}

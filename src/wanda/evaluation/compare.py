@@ -228,7 +228,7 @@ def _names(recipes: Sequence[Recipe]) -> list[str]:
 
 def _room(out: Path, plans: Sequence[tuple[Recipe, Plan]], setting: Setting) -> list[str]:
     """Whether the disk has room for a pruned model, or for all that are to be kept."""
-    from wanda.checkpoint.writer import nearest_folder
+    from wanda.checkpoint.folder import nearest_folder
 
     need = plans[0][1].checkpoint.nbytes * ((len(plans) if setting.keep else 1) + setting.packed)
     free = shutil.disk_usage(nearest_folder(out)).free
@@ -393,7 +393,7 @@ def _run(
 
 
 def _write(result: Comparison, earlier: Sequence[dict[str, Any]]) -> None:
-    from wanda.evaluation.record import replace_file
+    from wanda.checkpoint.folder import replace_file
 
     values = {"format": FORMAT, **result.facts, "cells": result.rows, "earlier": list(earlier), "notes": result.notes}
     try:
@@ -417,7 +417,7 @@ def _cell(
     losses = models / f"{cell.folder}.losses.json"
     if cell.recipe is None:
         return cell.row(sparsity=0.0, **_measure(plan.checkpoint.folder, ids, setting.dtype, setting, losses, now))
-    from wanda.checkpoint.writer import partial_folder
+    from wanda.checkpoint.folder import partial_folder
     from wanda.sources import name_of
 
     folder = models / cell.folder
@@ -502,9 +502,9 @@ def _measure(
     """
     import torch
 
+    from wanda.checkpoint.folder import replace_file
     from wanda.evaluation.models import load
     from wanda.evaluation.perplexity import passes, perplexity_of
-    from wanda.evaluation.record import replace_file
 
     kept = _measured(losses)
     done: list[float] = kept["losses"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wanda.checkpoint.tensors import sync_folder
+from wanda.checkpoint.folder import replace_file
 from wanda.errors import RunError
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -57,17 +56,3 @@ def without_evaluation(card: str) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write `text` to `file`, whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

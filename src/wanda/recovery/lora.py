@@ -8,6 +8,7 @@ the merged and masked weight is what was trained. The adapter itself is an ordin
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wanda.errors import ConfigurationError, MissingExtraError
+from wanda.checkpoint.tensors import read_header
+from wanda.errors import ConfigurationError, MissingExtraError, RunError
 from wanda.recovery.masks import Masks
 from wanda.recovery.settings import Settings
 
@@ -119,6 +121,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     for file in ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME):
         if not (folder / file).is_file():
             raise ConfigurationError(f"{folder} has no {file}, so it is not an adapter; give the folder that has it")
+    _refuse_other_kinds(folder)
     try:
         with _peft_only():
             return PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, use_safetensors=True).eval()
@@ -127,6 +130,28 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise ConfigurationError(
             f"the adapter {folder} does not fit the model ({reason}); give the one it was trained on"
         ) from error
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Raise ConfigurationError for an adapter of which merging B A would leave something out."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    file = folder / "adapter_config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{file} cannot be read ({error!r}); copy the adapter again") from error
+    try:
+        entries = read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
+    except RunError as error:
+        raise ConfigurationError(str(error)) from error
+    others = [name for name in entries if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if kind != "LORA" or others:
+        what = f"kind {kind}" if kind != "LORA" else f"it has {others[0]}"
+        raise ConfigurationError(
+            f"the adapter {folder} is not plain LoRA on linear layers ({what}), and merging would lose "
+            "something of it; merge it with the tool that made it"
+        )
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from wanda.checkpoint.folder import followed, new_folder, output_faults
+from wanda.checkpoint.names import NameMap
 from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, load_model
-from wanda.checkpoint.writer import output_faults, partial_folder, replace_folder
 from wanda.errors import ConfigurationError
 from wanda.recovery.lora import load_adapter, merged_weights, require_peft
 from wanda.recovery.masks import read_masks
@@ -32,16 +32,23 @@ def merge(
     An adapter trained with `sparse_aware` loses nothing by the masks. Raises ConfigurationError, writing nothing, when
     the masks do not match the recipe or the adapter does not fit.
     """
-    folder, adapter, out = Path(folder), Path(adapter), Path(out).absolute()
+    folder, adapter, out = Path(folder), Path(adapter), followed(Path(out))
     _refuse(folder, adapter, out, overwrite)
     require_peft()
     source = Checkpoint.open(folder)
     model = load_model(folder, "float32", "cpu", trust_remote_code)
     masks = read_masks(model, folder)
     made_by = _tune_record(adapter)
+    stored = {target for group in NameMap.of(model, source.entries).groups.values() for target in group.targets}
     tuned = load_adapter(model, adapter)
     merged = merged_weights(tuned, masks.parameters if mask else {})
     model = tuned.unload()
+    strange = sorted(merged.keys() - stored)
+    if strange:
+        raise ConfigurationError(
+            f"the adapter {adapter} changes {strange[0]}, for which {folder} has no tensor of its own (tied to "
+            "another, say); merge it with the tool that made it"
+        )
     zeros = masks.zeros
     if not mask:
         zeros = sum(
@@ -58,13 +65,11 @@ def merge(
         "pruned_matrices_weights": masks.weights,
         "notes": masks.notes,
     }
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)
     sections: dict[str, Any] = {"merge": record} | ({"tune": made_by} if made_by else {})
     if not mask:
         sections["layers"] = _still_pruned(folder, merged)
-    write_checkpoint(partial, source, model, merged, masks.parameters if mask else {}, sections, card_text(record))
-    replace_folder(partial, out)
+    with new_folder(out, [folder, adapter], overwrite) as partial:
+        write_checkpoint(partial, source, model, merged, masks.parameters if mask else {}, sections, card_text(record))
     return record
 
 
@@ -105,8 +110,6 @@ def _refuse(folder: Path, adapter: Path, out: Path, overwrite: bool) -> None:
             check_folder(folder)
         except ConfigurationError as error:
             faults += error.faults
-    if out.resolve() == adapter.resolve():
-        faults.append(f"--out {out} is the adapter itself, which is never written to; choose another folder")
-    faults += output_faults(out, folder, overwrite, resume=False)
+    faults += output_faults(out, [folder, adapter], overwrite, resume=False)
     if faults:
         raise ConfigurationError(faults)

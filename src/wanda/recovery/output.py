@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wanda.checkpoint.folder import INDEX, WEIGHTS
 from wanda.checkpoint.names import NameMap
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.tensors import Entry, write_file
@@ -17,7 +18,6 @@ from wanda.errors import RunError
 from wanda.evaluation.record import without_evaluation
 from wanda.recovery.masks import as_stored
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _HEADING = "## Recovery"
 
 
@@ -30,11 +30,11 @@ def write_checkpoint(
     record: Mapping[str, Any],
     text: str,
 ) -> None:
-    """Write the checkpoint `source` into the new folder `folder` with some parameters changed.
+    """Write the checkpoint `source` into the empty folder `folder` with some parameters changed.
 
     changed: new values by name in the model, any floating type, on the CPU; masks: the zeros that must hold in them.
     record: sections for wanda.json; text: a paragraph for the model card. Files, shards and the order of tensors stay.
-    Raises RunError for a disk that is full or a conversion that cannot be undone.
+    Raises RunError for a conversion that cannot be undone, OSError where the disk is full.
     """
     names = NameMap.of(model, source.entries)
     tensors: dict[str, Tensor] = {}
@@ -49,19 +49,16 @@ def write_checkpoint(
         dtype = source.entries[group.sources[0][0]].dtype
         stored = {name: as_stored(changed[name], masks.get(name), dtype) for name in group.targets}
         tensors.update(names.unload(group, stored))
-    try:
-        folder.mkdir(parents=True)
-        files: dict[str, dict[str, Tensor | Entry]] = {}
-        for key, entry in sorted(source.entries.items(), key=lambda item: item[1].offset):
-            files.setdefault(entry.file.name, {})[key] = tensors.get(key, entry)
-        for name, content in files.items():
-            write_file(folder / name, content, {"format": "pt"})
-        for path in sorted(source.folder.iterdir()):
-            if path.is_file() and path.suffix not in _WEIGHTS:
-                shutil.copyfile(path, folder / path.name)
-        add_record(folder, record, text)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}; free some space and start again") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict[str, Tensor | Entry]] = {}
+    for key, entry in sorted(source.entries.items(), key=lambda item: item[1].offset):
+        files.setdefault(entry.file.name, {})[key] = tensors.get(key, entry)
+    for name, content in files.items():
+        write_file(folder / name, content, {"format": "pt"})
+    for path in sorted(source.folder.iterdir()):
+        if path.is_file() and (path.name == INDEX or not path.name.endswith(WEIGHTS)):
+            shutil.copyfile(path, folder / path.name)
+    add_record(folder, record, text)
 
 
 def add_record(folder: Path, record: Mapping[str, Any], text: str) -> None:

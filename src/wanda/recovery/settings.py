@@ -52,7 +52,7 @@ class Settings:
     held_out: int = 16
     """Sequences of the text that are not trained on, but measured; at most a tenth of the text."""
     evaluations: int = 10
-    """How often the held-out part is measured and a checkpoint is kept."""
+    """How often, at most, the held-out part is measured and a checkpoint is kept; the last step is."""
     patience: int = 3
     """Stop when so many measurements in a row were no better than the best; the best is what is written."""
     gradient_checkpointing: bool = False
@@ -104,6 +104,8 @@ class Settings:
         for name in ("warmup", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"--{name} {getattr(self, name)} must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            faults.append(f"--seed {self.seed} must be in [0, 2^32)")
         if self.weight_decay < 0:
             faults.append(f"--weight-decay {self.weight_decay} must not be negative")
         if self.batch >= 1 and self.micro_batch >= 1 and self.batch % self.micro_batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -14,14 +15,15 @@ from wanda.errors import ConfigurationError
 
 
 def sequences(
-    source: str, tokenizer: Any, *, wanted: int, held_out: int, seqlen: int, seed: int
+    source: str, tokenizer: Any, *, steps: int, batch: int, held_out: int, seqlen: int, seed: int
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Training and held-out sequences of SOURCE: int64 [<= wanted, seqlen] and [<= held_out, seqlen], and notes.
+    """Training and held-out sequences of SOURCE: int64 [<= steps * batch, seqlen] and [<= held_out, seqlen], notes.
 
     Documents are put in random order, tokenised, joined and cut; unlike calibration's random crops no token comes
     twice, and the held-out part (the end, at most a tenth) shares none with the training part. Reads no more documents
     than it takes. Raises ConfigurationError for a text shorter than two sequences: one to train on, one to measure.
     """
+    wanted = steps * batch
     text = sources.read(source, "calibration")
     documents = list(text.documents)
     if text.whole:
@@ -43,6 +45,10 @@ def sequences(
     notes = []
     if held < held_out:
         notes.append(f"{held} instead of {held_out} sequences are held out, a tenth of the text")
-    if count - held < wanted:
-        notes.append(f"the text has {count - held} training sequences, seen {wanted / (count - held):.1f} times")
+    short = count - held < wanted
+    if short:
+        passes = steps / math.ceil((count - held) / batch)
+        notes.append(f"the text has {count - held} training sequences, seen {passes:.1f} times")
+    if short and (count - held) % batch:
+        notes.append(f"the last step of each pass over them takes {(count - held) % batch} instead of {batch}")
     return rows[:-held], rows[-held:], notes

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -53,7 +54,7 @@ def train_model(
     Raises RunError when the loss or a weight is not finite; the last good checkpoint stays.
     """
     resumed = last_checkpoint(folder)
-    every = max(1, settings.steps // settings.evaluations)
+    every = math.ceil(settings.steps / settings.evaluations)
     cpu = _on_cpu(settings)
     bfloat16 = cpu_has_bfloat16() if cpu else _accelerator_has_bfloat16()
     arguments = TrainingArguments(
@@ -104,8 +105,9 @@ def train_model(
     try:
         with watch:
             trainer.train(resume_from_checkpoint=resumed)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "No space" in str(error):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        writing = ("PytorchStreamWriter", "inline_container", "No space")  # torch says it in its own ways
+        if not isinstance(error, RuntimeError) or any(part in str(error) for part in writing):
             raise RunError(
                 f"a checkpoint cannot be written to {folder} ({error}); free some space and --resume"
             ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 import sys
@@ -9,11 +11,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from wanda.calibration import local_files
+from wanda.checkpoint.folder import (
+    TUNE_IDENTITY,
+    empty_folder,
+    followed,
+    locked,
+    output_faults,
+    partial_folder,
+    put_back,
+    replace_file,
+    replace_folder,
+)
 from wanda.checkpoint.packed import is_packed
 from wanda.checkpoint.reader import Checkpoint
 from wanda.checkpoint.source import check_folder, load_config, load_model, load_tokenizer, sequence_length
-from wanda.checkpoint.tensors import sync_folder
-from wanda.checkpoint.writer import TUNE_IDENTITY, output_faults, partial_folder, replace_folder
+from wanda.checkpoint.tensors import bytes_of, sync_files
 from wanda.errors import ConfigurationError, MissingExtraError, RunError
 from wanda.recovery.lora import add_adapter, require_peft
 from wanda.recovery.masks import read_masks
@@ -44,7 +59,7 @@ def tune(
     not finite), leaving the last good checkpoint in `out`.partial.
     """
     settings = settings or Settings(**options)
-    folder, out = Path(folder), Path(out).absolute()
+    folder, out = Path(folder), followed(Path(out))
     _refuse(folder, out, settings, resume, overwrite)
     from wanda.recovery.trainer import accumulation, processes, train_model  # needs accelerate, just asked for
 
@@ -55,7 +70,8 @@ def tune(
     train, held, notes = sequences(
         settings.calibration,
         tokenizer,
-        wanted=settings.steps * settings.batch,
+        steps=settings.steps,
+        batch=settings.batch,
         held_out=settings.held_out,
         seqlen=seqlen,
         seed=settings.seed,
@@ -63,53 +79,68 @@ def tune(
     source = Checkpoint.open(folder)
     model = load_model(folder, "float32", "cpu", settings.trust_remote_code)
     masks = read_masks(model, folder)
-    identity = {"settings": settings.as_dict(), "input": source.fingerprint()}
-    with processes(settings).main_process_first():
-        partial = _open_partial(out, identity, resume, processes(settings).is_main_process)
-    tuned = add_adapter(model, masks, settings) if settings.lora else model.requires_grad_(True)
-    start = time.perf_counter()
-    try:
-        outcome = train_model(tuned, masks, train, held, settings, partial / _CHECKPOINTS, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{partial} keeps the last checkpoint: go on with --resume") from None
-    if not processes(settings).is_main_process:
-        return {}
-    record = {
-        "kind": "lora" if settings.lora else "full",
-        "sparse_aware": settings.sparse_aware,
-        "model": str(folder),
+    identity = {
         "settings": settings.as_dict(),
-        "learning_rate": settings.peak_rate,
-        "seqlen": seqlen,
-        "steps": outcome.steps,
-        "training_sequences": len(train),
-        "held_out_sequences": len(held),
-        "held_out_loss": {"before": outcome.before, "best": outcome.best, "best_step": outcome.best_step},
-        "zeros": masks.zeros,
-        "pruned_matrices_weights": masks.weights,
-        "stopped": outcome.stopped,
-        "seconds": round(time.perf_counter() - start, 1),
-        "command": command,
-        "notes": [*masks.notes, *notes],
-        "history": outcome.history,
+        "input": source.fingerprint(),
+        "text": hashlib.sha256(b"".join(bytes_of(part.contiguous()) for part in (train, held))).hexdigest(),
     }
-    result = partial / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    if settings.lora:
-        tuned.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
-        (result / "README.md").unlink(missing_ok=True)  # peft's template with nothing filled in
-        tokenizer.save_pretrained(str(result))
-        add_record(result, {"tune": record}, card_text(record))
-    else:
-        write_checkpoint(result, source, model, outcome.state, masks.parameters, {"tune": record}, card_text(record))
-    if not learning_curve(result / "learning-curve.png", outcome.history, f"{record['kind']} tuning of {folder.name}"):
-        print(
-            "no learning curve was drawn: pip install 'wanda-prune[plots]'; its numbers are in wanda.json",
-            file=sys.stderr,
-        )
-    sync_folder(result)
-    replace_folder(result, out)
-    shutil.rmtree(partial)
+    main, partial = processes(settings).is_main_process, partial_folder(out)
+    with contextlib.ExitStack() as stack:
+        with processes(settings).main_process_first():
+            if main:
+                stack.enter_context(locked(partial, out))
+                _begin(partial, identity, resume)
+        tuned = add_adapter(model, masks, settings) if settings.lora else model.requires_grad_(True)
+        start = time.perf_counter()
+        try:
+            outcome = train_model(tuned, masks, train, held, settings, partial / _CHECKPOINTS, progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{partial} keeps the last checkpoint: go on with --resume") from None
+        if not main:
+            return {}
+        record = {
+            "kind": "lora" if settings.lora else "full",
+            "sparse_aware": settings.sparse_aware,
+            "model": str(folder),
+            "settings": settings.as_dict(),
+            "learning_rate": settings.peak_rate,
+            "seqlen": seqlen,
+            "steps": outcome.steps,
+            "training_sequences": len(train),
+            "held_out_sequences": len(held),
+            "held_out_loss": {"before": outcome.before, "best": outcome.best, "best_step": outcome.best_step},
+            "zeros": masks.zeros,
+            "pruned_matrices_weights": masks.weights,
+            "stopped": outcome.stopped,
+            "seconds": round(time.perf_counter() - start, 1),
+            "command": command,
+            "notes": [*masks.notes, *notes],
+            "history": outcome.history,
+        }
+        result = partial / "result"
+        try:
+            put_back(result, out)  # of a run that was killed while it replaced it
+            shutil.rmtree(result, ignore_errors=True)
+            if settings.lora:
+                tuned.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
+                (result / "README.md").unlink(missing_ok=True)  # peft's template with nothing filled in
+                tokenizer.save_pretrained(str(result))
+                add_record(result, {"tune": record}, card_text(record))
+            else:
+                changed = outcome.state
+                write_checkpoint(result, source, model, changed, masks.parameters, {"tune": record}, card_text(record))
+            curve = result / "learning-curve.png"
+            if not learning_curve(curve, outcome.history, f"{record['kind']} tuning of {folder.name}"):
+                print(
+                    "no learning curve was drawn: pip install 'wanda-prune[plots]'; its numbers are in wanda.json",
+                    file=sys.stderr,
+                )
+            sync_files(result)
+            replace_folder(result, out)
+            shutil.rmtree(partial)
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RunError(f"{out} cannot be written ({reason}); free some space and --resume") from error
     return record
 
 
@@ -146,7 +177,7 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
             check_folder(folder)
         except ConfigurationError as error:
             faults += error.faults
-    faults += output_faults(out, folder, overwrite, resume, "tune")
+    faults += output_faults(out, [folder, *local_files(settings.calibration)], overwrite, resume, "tune")
     if faults:
         raise ConfigurationError(faults)
     try:
@@ -157,26 +188,26 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
         require_peft()
 
 
-def _open_partial(out: Path, identity: dict[str, Any], resume: bool, main: bool) -> Path:
-    """The folder in which `out` is built: a stopped run's of the same identity, else a new one (main process only)."""
-    partial = partial_folder(out)
+def _begin(partial: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Make the folder ready in which the result is built: what a stopped run of the same identity left, or nothing."""
     file = partial / TUNE_IDENTITY
-    if not main:
-        return partial
     if resume and file.exists():
-        then = json.loads(file.read_text(encoding="utf-8"))
-        changed = [k for k, v in identity["settings"].items() if then["settings"].get(k) != v]
-        changed += ["the input"] if then["input"] != identity["input"] else []
+        try:
+            then = json.loads(file.read_text(encoding="utf-8"))
+            changed = [k for k, v in identity["settings"].items() if then["settings"].get(k) != v]
+            changed += ["the input"] if then["input"] != identity["input"] else []
+            if not changed and then["text"] != identity["text"]:  # of which the settings choose a part
+                changed = ["the text"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigurationError(f"{file} cannot be read ({error!r}); start anew with --overwrite") from error
         if changed:
             raise ConfigurationError(
                 f"{partial} was begun with other settings ({', '.join(changed)}); resume with the same, choose another "
                 "--out, or start anew with --overwrite"
             )
-        return partial
+        return
+    empty_folder(partial)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        replace_file(file, json.dumps(identity, indent=1) + "\n")
     except OSError as error:
-        raise RunError(f"{partial} cannot be made: {error.strerror}; choose another --out") from error
-    return partial
+        raise RunError(f"{partial} cannot be written: {error.strerror}; choose another --out") from error
