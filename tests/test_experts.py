@@ -118,6 +118,15 @@ def test_experts_without_tokens_fall_back_to_magnitude_per_row_and_are_named() -
         assert torch.equal(model.model.layers[1].mlp.experts.down_proj.data[expert], drop(before[expert], ones))
 
 
+@pytest.mark.parametrize("method", ["wanda", "fast"])
+def test_no_threshold_still_needs_one_token(method: str) -> None:
+    model = tiny("mixtral", num_local_experts=16, num_hidden_layers=1)
+    report = prune_model(model, tokens(1)[:, :3], method=method, expert_tokens=0)
+    starved = [row for row in report.layers if row["tokens"] == 0]
+    assert starved and all("saw 0 calibration tokens: pruned by magnitude per row" in row["notes"] for row in starved)
+    assert all(row["removed"] * 2 == row["shape"][0] * row["shape"][1] for row in starved)
+
+
 def test_sending_every_token_to_every_expert_leaves_the_activations_alone() -> None:
     """--experts all gathers more but computes the same: with nothing to remove, the model's output stays."""
     model = tiny("mixtral")

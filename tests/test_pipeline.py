@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wanda.checkpoint.reader import Checkpoint
 from wanda.errors import ConfigurationError, RunError
 from wanda.pipeline import prune, prune_model
 from wanda.recipe import Recipe
+from wanda.statistics import Statistics
 
 SAMPLES, SEQLEN, BATCH = 6, 24, 2
 OPTIONS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "batch": BATCH, "progress": False}
@@ -356,3 +358,77 @@ def test_an_allocation_measures_through_blocks_that_stay_dense(
     every, values[:] = list(values), []
     prune(tiny, out=tmp_path / "some", exclude="model.layers.1.*", **options)
     assert values == every[:1] + every[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"method": "magnitude"}, 0),
+        ({"method": "wanda"}, 1),
+        ({"method": "wanda", "propagate": "none"}, 1),
+        ({"method": "owl"}, 2),
+        ({"method": "magnitude", "allocation": "owl"}, 1),
+        ({"method": "wanda", "propagate": "block"}, 2),
+    ],
+)
+def test_no_block_is_passed_more_often_than_needed(
+    tiny: Path, text: str, tmp_path: Path, options: dict[str, Any], passes: int
+) -> None:
+    model = load(tiny, torch.float32)
+    count = 0
+
+    def counting(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(counting)
+    prune_model(model, tokens_of(text), batch=BATCH, **options)
+    checks = 1 if passes else 0  # the first micro-batch of the first pass runs once more where arguments are checked
+    assert count <= 4 * (passes * SAMPLES // BATCH) + 4 * checks * passes
+
+
+@pytest.mark.parametrize(
+    "options", [{"propagate": "block"}, {"propagate": "none"}, {"method": "owl", "propagate": "block"}]
+)
+def test_passes_that_gather_hold_the_inputs_of_one_micro_batch(
+    tiny: Path, text: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, seen, most = Statistics.update, list[Any](), 0
+
+    def noting(self: Statistics, x: Tensor, *others: Any) -> None:
+        nonlocal most
+        update(self, x, *others)
+        seen.append(weakref.ref(x))
+        most = max(most, sum(ref() is not None for ref in seen))
+
+    monkeypatch.setattr(Statistics, "update", noting)
+    prune_model(load(tiny, torch.float32), tokens_of(text).repeat(4, 1), batch=1, **options)
+    assert len(seen) > 300 and most <= 4  # a block has four distinct inputs
+
+
+def test_modules_keep_their_modes_and_what_is_not_used_in_memory_is_said(tiny: Path, text: str) -> None:
+    model = load(tiny, torch.float32).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    report = prune_model(model, tokens_of(text), method="magnitude", batch=3, expert_tokens=5)
+    assert [module.training for module in model.modules()] == modes
+    assert report.notes == ["not used, since magnitude needs no calibration: batch, expert_tokens, token_ids"]
+    assert prune_model(model, tokens_of(text), batch=3).notes == []
+
+
+@pytest.mark.parametrize("pinned", [("model.layers.0.*",), ("model.layers.0.*", "model.layers.2.*"), ("*",)])
+def test_an_allocation_beside_sparsities_of_ones_own_keeps_the_total_of_uniform(
+    tiny: Path, pinned: tuple[str, ...]
+) -> None:
+    removed = {}
+    for allocation in ("alpha", "uniform"):
+        torch.manual_seed(0)
+        model = load(tiny, torch.float32)
+        for parameter in model.model.layers.parameters():
+            parameter.data = torch.randn(parameter.shape)
+        of = tuple(f"{glob}=0.5" for glob in pinned)
+        report = prune_model(model, method="magnitude", allocation=allocation, sparsity=0.9, sparsity_of=of)
+        removed[allocation] = sum(row["removed"] for row in report.layers)
+        assert all(row["sparsity"] <= 1 for row in report.layers)
+    assert removed["alpha"] == removed["uniform"]

@@ -17,13 +17,20 @@ from wanda.methods import METHODS
 from wanda.recipe import Recipe, parse_bytes
 
 
+@pytest.mark.parametrize("variant", [False, True])
 @pytest.mark.parametrize(("method", "pattern"), list(itertools.product(METHODS.names(), [None, "2:4"])))
-def test_a_resolved_recipe_resolves_to_itself_and_survives_json(method: str, pattern: str | None) -> None:
+def test_a_resolved_recipe_resolves_to_itself_and_survives_json(
+    method: str, pattern: str | None, variant: bool
+) -> None:
     if method == "owl" and pattern:
         with pytest.raises(ConfigurationError, match="cannot vary the pattern"):
             Recipe(method=method, pattern=pattern).resolved(text=False)
         return
-    recipe = Recipe(method=method, pattern=pattern).resolved(text=False)
+    asked = Recipe(method=method, pattern=pattern, variant=variant)
+    if asked.faults(text=False):
+        assert variant  # refused with N:M, and with updates that have no row to count in
+        return
+    recipe = asked.resolved(text=False)
     assert recipe.faults(text=False) == [] and recipe.resolved(text=False) == recipe
     assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
 
@@ -61,6 +68,20 @@ def test_flags_go_before_a_files_recipe() -> None:
     fixed = Recipe(pattern="2:4").over(base).resolved(text=False)
     assert (fixed.pattern, fixed.sparsity, fixed.update) == ("2:4", None, "obs")
     assert Recipe(sparsity=0.4).over(fixed).resolved(text=False).pattern is None
+
+
+def test_other_choices_take_the_place_of_what_went_with_the_files() -> None:
+    wanda, best = (Recipe(method=name).resolved(text=False) for name in ("wanda", "best"))
+    for base, flags in (
+        (wanda, {"update": "admm-relaxed"}),
+        (best, {"update": "none", "score": "wanda"}),
+        (best, {"propagate": "none"}),
+        (Recipe(method="ria").resolved(text=False), {"variant": True}),
+    ):
+        over = Recipe(**flags).over(base, flags.keys())
+        assert over.faults(text=False) == [] and over.resolved(text=False) == over.resolved(text=False).resolved(False)
+    assert Recipe(update="pcg").over(wanda, {"update"}).resolved(text=False).score == "wanda"
+    assert Recipe(update="admm").over(best, {"update", "inherit"}).inherit is None
 
 
 def test_files_without_a_recipe_are_refused(tmp_path: Path) -> None:

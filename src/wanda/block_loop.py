@@ -69,13 +69,12 @@ class Pruner:
         pattern, composition = self.patterns[matrix.name], self.composition
         notes: list[str] = []
         tokens = 0 if statistics is None else statistics.tokens
-        if matrix.expert is not None and composition.needs > Needs.NOTHING and tokens < self.recipe.expert_tokens:
+        enough = max(1, self.recipe.expert_tokens)
+        if matrix.expert is not None and composition.needs > Needs.NOTHING and tokens < enough:
             notes.append(f"saw {tokens} calibration tokens: pruned by magnitude per row")
             composition, statistics = Composition("magnitude"), None
             if isinstance(pattern, (Variant, Unstructured)):
-                pattern = Unstructured(
-                    pattern.sparsity, "row", spread=isinstance(pattern, Unstructured) and pattern.spread
-                )
+                pattern = Unstructured(pattern.sparsity, "row", spread=pattern.spread)
         if statistics is None:
             statistics = Statistics(matrix.width, Needs.NOTHING, computed.device)
         view = matrix.view(stored)
@@ -146,6 +145,8 @@ class BlockLoop:
                 stack.callback(hidden.close)
             calls = self._record(hidden)
             self.pruner.patterns = self._patterns(self._sparsities(progress, calls, hidden, writer))
+            if self.pruner.composition.needs == Needs.NOTHING:
+                hidden = None  # the allocation alone looked at activations
             dense = hidden.copy() if hidden is not None and self.recipe.inherit else None
             if dense is not None:
                 stack.callback(dense.close)
@@ -221,7 +222,7 @@ class BlockLoop:
                 lambda: self._measures(allocation, progress, calls, hidden, writer),
             )
         asked = pattern_of(self.recipe, exact(self.recipe.sparsity or 0)).sparsity
-        weights = [sum(matrix.numel for matrix in matrices) for matrices in self.matrices]
+        weights = [sum(m.numel for m in block if self.recipe.sparsity_for(m.name) is None) for block in self.matrices]
         measures = [BlockMeasure(*pair) for pair in zip(self.ranks.first(values), weights, strict=True)]
         sparsities = allocation.allocate(measures, asked)
         if writer is not None:
@@ -268,8 +269,9 @@ class BlockLoop:
         if stream is not None:
             walk = self._walk(index, calls, stream, None, allocation.needs)
             if self.matrices[index]:
-                walk.gather()
-            walk.forward()
+                walk.gather(leaving=stream)
+            else:
+                walk.forward()
             gathered = walk.statistics
             self._check(stream, index)
         pairs = [

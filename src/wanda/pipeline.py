@@ -38,6 +38,7 @@ from wanda.weights import Matrix
 _OF_CHECKPOINTS = frozenset(
     ("calibration", "samples", "seqlen", "seed", "skip_unreadable", "dtype", "device", "memory", "trust_remote_code")
 )  # options that a model in memory has no use for
+_OF_WALKS = frozenset(("propagate", "batch", "experts", "expert_tokens"))  # and those of a pass through the blocks
 
 
 def prune(
@@ -194,7 +195,8 @@ def prune_model(
     recipe = make_recipe(options, recipe)
     parts = _InMemory(model)
     matrices, dense, faults = choose(model, parts.blocks, recipe)
-    unused = recipe.changed() & _OF_CHECKPOINTS
+    given = recipe.changed()
+    unused = given & _OF_CHECKPOINTS
     if unused:
         faults.append(
             f"{', '.join(sorted(unused))} would be ignored: the model is in memory, and token_ids are what it is "
@@ -212,9 +214,12 @@ def prune_model(
     if faults:
         raise ConfigurationError(faults)
     tokens = token_ids if needs_of(recipe) > Needs.NOTHING else None
+    idle = sorted(given & _OF_WALKS) if tokens is None else []
+    idle += ["token_ids"] if token_ids is not None and tokens is None else []
+    notes = [f"not used, since {recipe.method} needs no calibration: {', '.join(idle)}"] if idle else []
     length = chain.positions if chain is not None else BATCH_TOKENS if token_ids is None else token_ids.shape[1]
     batch = recipe.batch or max(1, BATCH_TOKENS // length)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     available = available_memory(parts.device)
     loop = BlockLoop(
@@ -224,7 +229,8 @@ def prune_model(
         with _experts_one_by_one(model, matrices):
             loop.run(Progress(len(matrices), shown=False))
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     calibration: dict[str, Any] = {"used": tokens is not None}
     if tokens is not None:
         size = {"seqlen": tokens.shape[1]} if chain is None else {"image": list(tokens.shape[1:])}
@@ -238,6 +244,7 @@ def prune_model(
         seconds=round(time.perf_counter() - start, 2),
         peak_memory_bytes=peak_memory(),
         model_weights=sum(p.numel() for p in model.parameters()),
+        notes=notes,
     )
 
 

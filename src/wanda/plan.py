@@ -432,8 +432,11 @@ def choose(model: Any, blocks: Any, recipe: Recipe) -> tuple[list[list[Matrix]],
                 faults.append(f"--{option} {glob} matches no matrix; their names are like {names[0] if names else '-'}")
     for text in recipe.sparsity_of:
         glob = text.rpartition("=")[0]
-        if glob and not any(dataclasses.replace(recipe, include=(glob,), exclude=()).wants(name) for name in names):
+        matches = dataclasses.replace(recipe, include=(glob,), exclude=()).wants
+        if glob and not any(map(matches, names)):
             faults.append(f"--sparsity-of {text} matches no matrix; their names are like {names[0] if names else '-'}")
+        elif glob and not any(matches(matrix.name) for block in matrices for matrix in block):
+            faults.append(f"--sparsity-of {text} matches only matrices that stay dense; include them, or leave it out")
     if not any(matrices) and not faults:
         faults.append(f"{type(model).__name__} has no matrix to prune")
     try:

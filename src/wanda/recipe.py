@@ -70,7 +70,7 @@ class Recipe:
     batch: int | None = None
     """Sequences, or images, in a micro-batch; about 1024 tokens, or patches, when nothing is said."""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
+    """Compute type; auto is bfloat16 on a CPU that multiplies it, else float32; on a GPU the type that is stored."""
     device: str = "auto"
     """Where blocks are computed: auto, cpu, cuda, cuda:1, mps."""
     memory: str | None = None
@@ -107,6 +107,8 @@ class Recipe:
             filled["sparsity"] = 0.5
         if self.pattern is not None:
             filled["group"] = None  # the M inputs compete
+        elif self.variant:
+            filled["group"] = "row"  # of which it is made
         return dataclasses.replace(self, **filled)
 
     def faults(self, text: bool = True) -> list[str]:
@@ -211,9 +213,17 @@ class Recipe:
     def over(self, base: Recipe, given: Collection[str] = ()) -> Recipe:
         """`base` with every field of this recipe that differs from its default, or is named in `given`.
 
-        Another method, sparsity or pattern takes the place of what the base's has filled in: its axes, the other two.
+        Another choice takes the place of what goes with the base's: another method of its axes, a sparsity or a pattern
+        of the other and of the group, an update of the score and the inherited errors, --variant of the group,
+        --propagate none of the inherited errors.
         """
         fields = {name: getattr(self, name) for name in self.changed().union(given)}
+        if "update" in fields and self.update != base.update:
+            fields = {"score": None, "inherit": None} | fields
+        if fields.get("propagate") == "none":
+            fields = {"inherit": None} | fields
+        if fields.get("variant"):
+            fields = {"group": None} | fields
         if "method" in fields:
             fields = dict.fromkeys(_AXES) | fields
         if "pattern" in fields:

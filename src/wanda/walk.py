@@ -100,15 +100,18 @@ class Walk:
         for index, call in enumerate(self.calls):
             self.hidden[index] = call.run(self.block, self.hidden[index].to(self.device))
 
-    def gather(self, wanted: Collection[str] | None = None, again: bool = False) -> list[Matrix]:
+    def gather(
+        self, wanted: Collection[str] | None = None, again: bool = False, leaving: Activations | None = None
+    ) -> list[Matrix]:
         """Gather the statistics of all matrices in a dense pass; returns those matrices whose input was seen, in order.
 
-        The dense stream, when there is one, moves on; the hidden states stay. Without one, passes after the first
-        stop at the input of the last matrix.
-        wanted: only these. again: the block was passed before, and the dense stream moved on.
+        The dense stream, when there is one, moves on; the hidden states stay. Passes after the first stop at the input
+        of the last matrix.
+        wanted: only these. again: the block was passed before, and the dense stream moved on. leaving: gets what leaves
+        the block, so that no pass stops; `hidden` itself where nothing passes again.
         """
         order: list[str] = []
-        stop = all(matrix.expert is None for matrix in self.matrices)
+        stop = leaving is None and all(matrix.expert is None for matrix in self.matrices)
         current = last = 0
         beside: dict[str, list[Tensor]] = {}
         self._wanted = self._matrix if wanted is None else wanted
@@ -134,12 +137,14 @@ class Walk:
             try:
                 with taps, self._all_experts():
                     if current == 0 and not again:
-                        refuse_changed_arguments(call, self.block, hidden, self.prefix.rstrip("."))
+                        output = refuse_changed_arguments(call, self.block, hidden, self.prefix.rstrip("."))
                     else:
-                        call.run(self.block, hidden)
+                        output = call.run(self.block, hidden)
+                if leaving is not None:
+                    leaving[current] = output
             except _Enough:
                 pass
-        self._last.clear()
+            self._last.clear()  # or an input of every micro-batch stays in memory
         self._wanted = self._matrix
         self.ranks.reduce(self._inputs, self._empty)
         return [matrix for matrix in self._matrix.values() if matrix.name in self._inputs]
@@ -155,33 +160,33 @@ class Walk:
         Experts in several groups (`experts_memory`) take a dense pass each, the last expert first: no product depends
         on a matrix that comes after it. The statistics of all other matrices, gathered in the first, wait till the end.
         """
-        self._gather_and_prune(solve)
+        self._gather_and_prune(solve, False)
         self.forward()
 
     def prune_from_dense(self, solve: Solve) -> None:
         """Gather, move the hidden states on with the dense weights, prune: no statistics see what was pruned."""
-        leaving = self.hidden.copy()
-        for index, call in enumerate(self.calls):
-            leaving[index] = call.run(self.block, self.hidden[index].to(self.device))
-        self._gather_and_prune(solve)
-        for index in range(len(self.calls)):
-            self.hidden[index] = leaving[index]
-        leaving.close()
+        self._gather_and_prune(solve, True)
 
-    def _gather_and_prune(self, solve: Solve) -> None:
+    def _gather_and_prune(self, solve: Solve, move: bool) -> None:
+        """move: leave the hidden states as they come out of the dense block."""
         everyone = range(self.ranks.world)
         experts = [matrix for matrix in self._matrix.values() if matrix.expert is not None]
         first, *groups = groups_of(experts[::-1], self.needs, self.experts_memory)
         if groups:
             first, *groups = groups_of(self._as_they_run(experts)[::-1], self.needs, self.experts_memory)
         later = {name for group in groups for name in group}
-        found = self.gather(self._matrix.keys() - later if later else None)
+        leaving = (self.hidden.copy() if later else self.hidden) if move else None
+        found = self.gather(self._matrix.keys() - later if later else None, leaving=leaving)
         for group in [first, *groups] if later else []:
             if group is not first:
                 self.gather(group, again=True)
             solve([(m, self._inputs.pop(m.name), everyone) for m in experts if m.name in group & self._inputs.keys()])
         solve([(matrix, self._inputs[matrix.name], everyone) for matrix in found if matrix.name in self._inputs])
         self._inputs.clear()
+        if leaving is not None and leaving is not self.hidden:  # later passes took what entered
+            for index in range(len(self.calls)):
+                self.hidden[index] = leaving[index]
+            leaving.close()
 
     def _as_they_run(self, experts: Sequence[Matrix]) -> list[Matrix]:
         """Experts in the order in which their modules run, as the first micro-batch shows it."""

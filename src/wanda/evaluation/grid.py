@@ -155,7 +155,7 @@ class Setting:
     exclude: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """Leave matrices dense whose name matches one of these globs."""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    """Compute type; auto is bfloat16 where the CPU or GPU has it, float32 elsewhere."""
+    """Compute type; auto is bfloat16 on a CPU that multiplies it, else float32; on a GPU the type that is stored."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     memory: str | None = None
