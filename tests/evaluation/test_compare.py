@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import itertools
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from rich.console import Console
 
 import wanda
 from wanda import block_loop, calibration
+from wanda.checkpoint import folder as output
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.evaluation import compare as module
@@ -117,9 +120,9 @@ def test_packed_models_are_measured_as_they_would_ship(pruning: Pruning, tiny: P
     before = len(pruning.folders)
     found = {row["name"]: row for row in wanda.compare(tiny, out=out, packed=True, keep=True, **options).rows}
     assert len(pruning.folders) == before + 2  # the dense model is the same one
-    folder = out / "models" / next(name for name in pruning.folders[before:] if "50" in name)
-    summary = pack(str(folder), tmp_path / "packed")
-    sizes = [sum(file.stat().st_size for file in at.glob("*.safetensors")) for at in (tmp_path / "packed", folder)]
+    kept = out / "models" / next(name for name in pruning.folders[before:] if "50" in name)
+    summary = pack(str(kept), tmp_path / "packed")
+    sizes = [sum(file.stat().st_size for file in at.glob("*.safetensors")) for at in (tmp_path / "packed", kept)]
     assert found["magnitude 50%"]["packed_size"] == pytest.approx(sizes[0] / sizes[1], rel=0.05)
     assert summary.packed and 0.5 < found["magnitude 50%"]["packed_size"] < 0.8
     assert found["magnitude 0%"]["packed_size"] == 1 and found["dense"]["packed_size"] is None
@@ -399,6 +402,48 @@ def test_folders_that_cannot_be_used(pruning: Pruning, tiny: Path, tmp_path: Pat
         wanda.compare(tiny, out=tmp_path / "busy", **options)
     os.close(held)
     assert not pruning.folders
+
+
+def test_room_is_asked_for_what_is_still_to_be_pruned(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    options = SHARED | {"calibration": text, "text": text, "out": tmp_path / "out", "methods": "magnitude"}
+    for free, asked, fits in (
+        (0, {"sparsity": [0.5, 0.6]}, False),
+        (1.5, {"sparsity": [0.5, 0.6], "keep": True}, False),
+        (1.5, {"sparsity": [0.5, 0.6], "packed": True}, False),
+        (1.5, {"sparsity": [0.5, 0.6]}, True),
+        (0, {"sparsity": [0.5, 0.6]}, True),  # all are there
+        (1.5, {"sparsity": [0.5, 0.6, 0.7], "keep": True}, True),  # one is missing
+    ):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=int(free * size)))
+        if fits:
+            wanda.compare(tiny, **options, **asked)
+            continue
+        with pytest.raises(ConfigurationError, match=r"models to be pruned need .* MB there.*free some space"):
+            wanda.compare(tiny, **options, **asked)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+
+
+def test_a_disk_that_is_full_while_measuring_costs_one_cell(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SHARED | {"calibration": text, "text": text, "methods": "magnitude", "sparsity": [0.5, 0.6]}
+    monkeypatch.setattr(module, "_OFTEN", 0.0)
+    replace = output.replace_file
+
+    def full(file: Path, content: str) -> None:
+        if "magnitude-50" in file.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(file, content)
+
+    monkeypatch.setattr(output, "replace_file", full)
+    with pytest.raises(RunError, match=r"1 of 3 cells failed(.|\n)*magnitude 50%: .*No space left"):
+        wanda.compare(tiny, out=tmp_path, **options)
+    monkeypatch.setattr(output, "replace_file", replace)
+    assert all(row["perplexity"] for row in wanda.compare(tiny, out=tmp_path, **options).rows)
 
 
 def test_tables_without_matplotlib(

@@ -103,8 +103,11 @@ def compare(
     plans = _plans(name, out, grids, setting)
     first = plans[0][1]
     ids, text = _text(first, setting)
+    cells = _cells(plans, ids, setting)
+    rows = _finished(out / RESULTS)
+    missing = [cell for cell in cells if cell.recipe is not None and cell.key not in rows]
+    _room(out, first.checkpoint.nbytes, len(missing), setting)
     with _locked(out):
-        cells = _cells(plans, ids, setting)
         rows = _finished(out / RESULTS)
         result = Comparison(
             out=out,
@@ -187,8 +190,6 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
             faults.append(f"{'; '.join(having[:4])}{more}: {fault}")
     if setting.packed and plans:
         faults += _packable(plans[0][1], setting)
-    if not faults:
-        faults += _room(out, plans, setting)
     if faults:
         raise ConfigurationError(faults)
     return plans
@@ -226,17 +227,24 @@ def _names(recipes: Sequence[Recipe]) -> list[str]:
     ]
 
 
-def _room(out: Path, plans: Sequence[tuple[Recipe, Plan]], setting: Setting) -> list[str]:
-    """Whether the disk has room for a pruned model, or for all that are to be kept."""
+def _room(out: Path, nbytes: int, missing: int, setting: Setting) -> None:
+    """Raise ConfigurationError unless the disk has room for a pruned model, or for all that are to be kept.
+
+    nbytes: of a model; missing: models that are still to be pruned.
+    """
     from wanda.checkpoint.folder import nearest_folder
 
-    need = plans[0][1].checkpoint.nbytes * ((len(plans) if setting.keep else 1) + setting.packed)
+    need = nbytes * ((missing if setting.keep else 1) + setting.packed) if missing else 0
     free = shutil.disk_usage(nearest_folder(out)).free
-    if need <= free:
-        return []
-    return [
-        f"--out {out}: the pruned models need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; choose another"
-    ]
+    if need > free:
+        raise ConfigurationError(
+            f"--out {out}: the {missing} models to be pruned need {_size(need)} there, "
+            f"the disk has {_size(free)}; free some space or choose another"
+        )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _text(plan: Plan, setting: Setting) -> tuple[Tensor, str]:
@@ -377,7 +385,7 @@ def _run(
                 continue
             try:
                 row = _cell(model, cell, plan, ids, setting, models, Path(shared), partial(board.now, number))
-            except RunError as error:
+            except (RunError, OSError) as error:  # of a disk that is full, say
                 row = cell.row(error=str(error))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{result.out} keeps the finished cells: the same command goes on") from None
