@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,30 @@ def test_results_of_other_examples_and_limits_stay_side_by_side(
     card = (pruned / "README.md").read_text()
     assert all(f"| tasks | {name} | " in card for name in kept) and card.count("## Evaluation") == 1
     assert len(report["layers"]) == 28
+
+
+def test_ctrl_c_between_tasks_keeps_those_that_were_scored(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, data: Path
+) -> None:
+    import lm_eval.evaluator
+
+    original, asked = lm_eval.evaluator.evaluate, []
+
+    def evaluate(model: Any, loaded: Any, **options: Any) -> Any:
+        asked.extend(loaded["tasks"])
+        if asked == ["boolq", "rte", "boolq", "rte"]:
+            raise KeyboardInterrupt
+        return original(model, loaded, **options)
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", evaluate)
+    monkeypatch.setenv("COLUMNS", "400")
+    pruned = prune_by_hand(tiny, tmp_path / "pruned")
+    code, out, err = run(capsys, tiny, pruned, "--tasks", "boolq,rte", "--data", data)
+    assert code == 130 and "wanda: stopped" in err
+    rows = {line.split()[1]: line.split()[3:-1:2] for line in out.splitlines() if "boolq" in line or "rte" in line}
+    kept = json.loads((pruned / "wanda.json").read_text())["evaluation"]["tasks"]
+    assert list(kept) == ["boolq, 0-shot"] and f"{kept['boolq, 0-shot']['value']:.2%}" in rows["boolq"]
+    assert rows["rte"][-1] == "-" and rows["rte"][0].endswith("%")
 
 
 @pytest.mark.parametrize(
