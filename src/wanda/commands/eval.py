@@ -174,7 +174,7 @@ def evaluate(models: Sequence[str], options: Options, results: list[Result] | No
 
             def scored(score: Score) -> None:
                 result.scores.append(score)
-                _log(f"{result.model}: {score.task} {_score(score)}")
+                _log(f"{result.model}: {score.task} {score.text()}")
 
             try:
                 suite.run(model, tokenizer, options.limit, options.batch or 8, scored)
@@ -359,10 +359,6 @@ def _perplexity(found: Perplexity) -> str:
     return f"perplexity {found.perplexity:.4g}" + ("" if found.kl is None else f", KL {found.kl:.4f}")
 
 
-def _score(score: Score) -> str:
-    return f"{score.value:.2%}" + ("" if score.error is None else f" ± {score.error:.2%}")
-
-
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -406,7 +402,7 @@ def _show(results: Sequence[Result], options: Options) -> None:
         table.add_column("task")
         for result in scored:
             table.add_column(result.model, justify="right", overflow="fold")
-        shown = [{score.task: _score(score) for score in result.scores} for result in scored]
+        shown = [{score.task: score.text() for score in result.scores} for result in scored]
         for task in dict.fromkeys(task for cells in shown for task in cells):
             table.add_row(task, *(cells.get(task, "-") for cells in shown))  # -: a model that was stopped before it
         if any(result.mean is not None for result in scored):
