@@ -205,3 +205,26 @@ def test_streamed_perplexity_is_the_model_in_memorys(
     assert found[0] == found[1]
     code, _, err = run(capsys, str(other), "--stream", "--tasks", "boolq")
     assert code == 2 and "--stream measures perplexity only" in err
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_streamed_seconds_count_the_blocks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, text: str, against: bool
+) -> None:
+    """By a clock on which nothing takes time but reading a block: 100 s each, four blocks."""
+    import time
+
+    from wanda.checkpoint.skeleton import Skeleton
+
+    now, original = [0.0], Skeleton.load_block
+
+    def load_block(self: Skeleton, index: int) -> Any:
+        now[0] += 100
+        return original(self, index)
+
+    monkeypatch.setattr(Skeleton, "load_block", load_block)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    options = ["--text", text, "--stream", "--windows", "2", "--seqlen", "32", "--dtype", "float32", "--json"]
+    code, out, _ = run(capsys, str(tiny), *options, *(["--against", str(tiny)] if against else []))
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["results"][0]["perplexity"]["seconds"] == (800 if against else 400)

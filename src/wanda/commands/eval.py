@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,7 +164,9 @@ def evaluate(models: Sequence[str], options: Options, results: list[Result] | No
                 batch = options.batch or 1
                 model = _streamed(result.folder, ids, batch, options)
                 dense = None if options.against is None else _streamed(folders[options.against], ids, batch, options)
-                result.perplexity = measure(model, ids, label, dense=dense, batch=batch)
+                outside = measure(model, ids, label, dense=dense, batch=batch)
+                blocks = model.seconds + (0.0 if dense is None else dense.seconds)  # a model in memory has them inside
+                result.perplexity = replace(outside, seconds=outside.seconds + blocks)
             else:
                 result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
             _log(f"{result.model}: {_perplexity(result.perplexity)}")
