@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models import VOCABULARY, tiny_llama, tiny_tokenizer
 from wanda.cli import main
 from wanda.commands.bench import show
+from wanda.runtime.measure import folder_bytes
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,18 @@ def test_bench(sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run("bench", tmp_path / "packed", "--against", sparse, *too_long) == 2
     said = capsys.readouterr().err
     assert said.count("need 129 tokens, and the context of") == 4 and "--prefill 129" in said
+
+
+def test_file_sizes_are_of_what_is_loaded(sparse: Path, tmp_path: Path) -> None:
+    """A copy of the weights in another layout counts nowhere, whether an index names the files or there is one file."""
+    whole = Path(shutil.copytree(sparse, tmp_path / "whole"))
+    size = (whole / "model.safetensors").stat().st_size
+    shutil.copy(whole / "model.safetensors", whole / "consolidated.safetensors")
+    assert folder_bytes(whole) == size
+    sharded = tiny_llama(tmp_path / "sharded", max_shard_size="50KB")
+    shards = list(sharded.glob("model-*.safetensors"))
+    shutil.copy(whole / "model.safetensors", sharded / "consolidated.safetensors")
+    assert len(shards) > 1 and folder_bytes(sharded) == sum(file.stat().st_size for file in shards)
+    assert run("pack", sparse, "--out", tmp_path / "packed") == 0
+    files = list((tmp_path / "packed").glob("*.safetensors"))
+    assert files and folder_bytes(tmp_path / "packed") == sum(file.stat().st_size for file in files)
