@@ -199,6 +199,38 @@ def test_images_of_a_parquet_file_and_a_saved_set_are_those_of_the_folder(images
     assert len({(found.top1, found.top5, found.images) for found in accuracies if found is not None}) == 1
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, None] * 9, "row 1 is of no class; give every row of the column label the number or the name"),
+        (["ant", None] * 9, "row 1 is of no class; give every row of the column label"),
+        ([None] * 18, "row 0 is of no class; give every row of the column label"),
+        ([0.0, 1.5] * 9, "row 0 is of no class; give every row of the column label"),
+        ([[0], [1, 2]] * 9, "row 0 is of no class; give every row of the column label"),
+        ([0, -1] * 9, "row 1 is of no class; give every row of the column label"),  # a set whose labels are secret
+        ([-1] * 18, "row 0 is of no class; give every row of the column label"),
+        (None, "row 0 is of no class; give the table a column label with the number or the name"),
+    ],
+)
+def test_labels_of_no_class_matter_to_evaluation_only(
+    labels: list[Any] | None, said: str, images: Path, tmp_path: Path
+) -> None:
+    import datasets
+
+    files = sorted(images.rglob("*.png"))
+    columns: dict[str, Any] = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_dict(columns | ({} if labels is None else {"label": labels}))
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
+    folder = saved_classifier("ViT", tmp_path / "model")
+    processor = load_processor(folder)
+    found = calibration_images(str(tmp_path / "set.parquet"), processor, samples=7, seed=3)
+    assert torch.equal(found, calibration_images(str(images), processor, samples=7, seed=3))
+    with pytest.raises(ConfigurationError) as caught:
+        evaluate([str(folder)], Options(images=str(tmp_path / "set.parquet")))
+    assert said in str(caught.value)
+
+
 def test_accuracy_equals_counting_and_is_kept_with_the_checkpoint(images: Path, tmp_path: Path) -> None:
     folder, out = saved_classifier("ViT", tmp_path / "model"), tmp_path / "pruned"
     wanda.prune(folder, out=out, method="magnitude", progress=False)

@@ -32,7 +32,8 @@ class Images:
     """The images of a source, opened when they are asked for.
 
     label: the source, for reports. names: what an image is called in messages. read: the encoded image of a number.
-    labels: its class, None where there is none. classes: names of the classes, by number.
+    labels: its class, None where there is none. classes: names of the classes, by number. cure: how an image without a
+    class gets one, for messages.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Images:
     read: Callable[[int], bytes]
     labels: Sequence[int | None]
     classes: tuple[str, ...]
+    cure: str = "put each image into a folder named after its class"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -242,24 +244,28 @@ def _of_table(source: str, table: Any) -> Images:
     kinds = [n for n, kind in features.items() if isinstance(kind, datasets.ClassLabel)] or [
         n for n in features if n.lower() in _CLASSES
     ]
-    labels: list[Any] = [None] * len(table)
+    labels: list[int | None] = [None] * len(table)
     classes: tuple[str, ...] = ()
+    cure = f"give the table a column {_CLASSES[0]} with the number or the name of the class in every row"
     if kinds:
-        kind = features[kinds[0]]
-        labels = list(table[kinds[0]])
-        if isinstance(kind, datasets.ClassLabel):
-            classes = tuple(kind.names)
-        elif all(isinstance(value, str) for value in labels):
-            classes = tuple(sorted(set(labels)))
-            labels = [classes.index(value) for value in labels]
-        else:
-            classes = tuple(str(number) for number in range(max(labels) + 1))
+        kind, values = features[kinds[0]], list(table[kinds[0]])
+        cure = f"give every row of the column {kinds[0]} the number or the name of its class"
+        names = sorted({value for value in values if isinstance(value, str)})
+        number = {name: index for index, name in enumerate(names)}
+        # Fractions and lists are no classes, which only evaluation minds.
+        usable = all(value is None or isinstance(value, int | str) for value in values)
+        if usable and names:
+            classes, labels = tuple(names), [number.get(value) for value in values]
+        elif usable:  # -1 is in sets whose labels are kept secret
+            labels = [value if value is not None and value >= 0 else None for value in values]
+            count = max((label for label in labels if label is not None), default=-1) + 1
+            classes = tuple(kind.names if isinstance(kind, datasets.ClassLabel) else map(str, range(count)))
 
     def read(index: int) -> bytes:
         value = table[index][column]
         return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
-    return Images(source, [f"{source}, row {index}" for index in range(len(table))], read, labels, classes)
+    return Images(source, [f"{source}, row {index}" for index in range(len(table))], read, labels, classes, cure)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from models import tiny_llama
 from wanda.cli import main
@@ -100,6 +103,64 @@ def test_a_report_that_cannot_be_updated_costs_no_result(
     assert (pruned / "wanda.json").read_bytes() == before
 
 
+def broken_llama(folder: Path) -> Path:
+    """A tiny Llama whose head overflows, so that its losses are not finite."""
+    tiny_llama(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], torch.inf)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_the_fault_of_one_model_costs_no_other_its_result(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, text: str
+) -> None:
+    broken, other = broken_llama(tmp_path / "broken"), tiny_llama(tmp_path / "other", seed=1)
+    models = [str(tiny), str(broken), str(other)]
+    options = ["--text", text, "--windows", "2", "--seqlen", "32", "--dtype", "float32"]
+    expected = [perplexity(folder, text, seqlen=32, windows=2, dtype="float32").perplexity for folder in (tiny, other)]
+    code, out, err = run(capsys, *models, *options)
+    assert code == 1 and all(f"{value:.4g}" in out for value in expected)
+    said = err.splitlines()
+    assert said[-1].startswith(f"wanda: {broken}: the model's losses are not finite")
+    for folder, value in zip((tiny, other), expected, strict=True):  # each is told as soon as it is known
+        assert f"{folder}: perplexity {value:.4g}" in said
+    code, out, _ = run(capsys, *models, *options, "--json")
+    results = json.loads(out.splitlines()[-1])["results"]
+    assert code == 1 and [result["model"] for result in results] == models
+    found = [results[place]["perplexity"]["perplexity"] for place in (0, 2)]
+    assert found == pytest.approx(expected, rel=1e-6) and results[0]["error"] is None
+    assert results[1]["perplexity"] is None and "not finite" in results[1]["error"]
+    code, out, err = run(capsys, str(broken), *options)
+    assert code == 1 and out == "" and err.count("not finite") == 1
+
+
+def test_ctrl_c_shows_what_was_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, text: str
+) -> None:
+    from wanda.evaluation import perplexity as measuring
+
+    other = tiny_llama(tmp_path / "other", seed=1)
+    original = measuring.measure
+    calls: list[object] = []
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    options = ["--text", text, "--windows", "2", "--seqlen", "32", "--dtype", "float32"]
+    expected = perplexity(tiny, text, seqlen=32, windows=2, dtype="float32").perplexity
+    monkeypatch.setattr(measuring, "measure", measure)
+    code, out, err = run(capsys, str(tiny), str(other), *options)
+    assert code == 130 and f"{expected:.4g}" in out and "wanda: stopped" in err
+    code, out, _ = run(capsys, str(tiny), str(other), *options, "--json")
+    results = json.loads(out.splitlines()[-1])["results"]
+    assert code == 130 and results[0]["perplexity"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert results[1]["perplexity"] is None and "stopped" in results[1]["error"]
+
+
 def test_all_faults_of_a_request_in_one_message(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     code, out, err = run(capsys, str(tiny), "--text", "wikitex", "--windows", "0", "--limit", "3", "--device", "tpu9")
     assert code == 2 and out == ""
@@ -144,3 +205,26 @@ def test_streamed_perplexity_is_the_model_in_memorys(
     assert found[0] == found[1]
     code, _, err = run(capsys, str(other), "--stream", "--tasks", "boolq")
     assert code == 2 and "--stream measures perplexity only" in err
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_streamed_seconds_count_the_blocks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, text: str, against: bool
+) -> None:
+    """By a clock on which nothing takes time but reading a block: 100 s each, four blocks."""
+    import time
+
+    from wanda.checkpoint.skeleton import Skeleton
+
+    now, original = [0.0], Skeleton.load_block
+
+    def load_block(self: Skeleton, index: int) -> Any:
+        now[0] += 100
+        return original(self, index)
+
+    monkeypatch.setattr(Skeleton, "load_block", load_block)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    options = ["--text", text, "--stream", "--windows", "2", "--seqlen", "32", "--dtype", "float32", "--json"]
+    code, out, _ = run(capsys, str(tiny), *options, *(["--against", str(tiny)] if against else []))
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["results"][0]["perplexity"]["seconds"] == (800 if against else 400)

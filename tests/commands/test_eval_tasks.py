@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,32 @@ def test_dense_pruned_and_packed_side_by_side_on_the_papers_seven(
     assert [(score["task"], score["fewshot"]) for score in result["tasks"]][:2] == [("boolq", 0), ("rte", 0)]
 
 
+def test_a_group_without_a_sum_is_its_tasks_and_a_perplexity_no_percentage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, own: Path
+) -> None:
+    (own / "pair.yaml").write_text("group: pair\ntask: [parity, reading]\n", encoding="utf-8")
+    (own / "reading.yaml").write_text(
+        (own / "parity.yaml").read_text(encoding="utf-8").partition("output_type")[0].replace("parity", "reading")
+        + """output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{q}}"
+metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    options = [tiny, "--tasks", "pair", "--include-path", own, "--data", own]
+    code, out, err = run(capsys, *options, "--json")
+    assert code == 0, err
+    scores = {score["task"]: score for score in json.loads(out.splitlines()[-1])["results"][0]["tasks"]}
+    assert {name: score["metric"] for name, score in scores.items()} == {"parity": "acc", "reading": "word_perplexity"}
+    code, out, err = run(capsys, *options)
+    rows = {line.split()[1]: line for line in out.splitlines() if "parity" in line or "reading" in line}
+    assert code == 0 and f" {scores['parity']['value']:.2%} " in rows["parity"]
+    assert f"word_perplexity {scores['reading']['value']:.4g}" in rows["reading"] and "%" not in rows["reading"]
+
+
 def test_results_of_other_examples_and_limits_stay_side_by_side(
     capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, own: Path
 ) -> None:
@@ -133,6 +160,30 @@ def test_results_of_other_examples_and_limits_stay_side_by_side(
     card = (pruned / "README.md").read_text()
     assert all(f"| tasks | {name} | " in card for name in kept) and card.count("## Evaluation") == 1
     assert len(report["layers"]) == 28
+
+
+def test_ctrl_c_between_tasks_keeps_those_that_were_scored(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, data: Path
+) -> None:
+    import lm_eval.evaluator
+
+    original, asked = lm_eval.evaluator.evaluate, []
+
+    def evaluate(model: Any, loaded: Any, **options: Any) -> Any:
+        asked.extend(loaded["tasks"])
+        if asked == ["boolq", "rte", "boolq", "rte"]:
+            raise KeyboardInterrupt
+        return original(model, loaded, **options)
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", evaluate)
+    monkeypatch.setenv("COLUMNS", "400")
+    pruned = prune_by_hand(tiny, tmp_path / "pruned")
+    code, out, err = run(capsys, tiny, pruned, "--tasks", "boolq,rte", "--data", data)
+    assert code == 130 and "wanda: stopped" in err
+    rows = {line.split()[1]: line.split()[3:-1:2] for line in out.splitlines() if "boolq" in line or "rte" in line}
+    kept = json.loads((pruned / "wanda.json").read_text())["evaluation"]["tasks"]
+    assert list(kept) == ["boolq, 0-shot"] and f"{kept['boolq, 0-shot']['value']:.2%}" in rows["boolq"]
+    assert rows["rte"][-1] == "-" and rows["rte"][0].endswith("%")
 
 
 @pytest.mark.parametrize(

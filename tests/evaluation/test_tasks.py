@@ -214,6 +214,25 @@ def test_paper_is_seven_tasks_and_their_mean(local_copies):
     assert mean_of_paper(scores[1:]) is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "error", "text"),
+    [
+        ("acc", 0.5, 0.05, "50.00% ± 5.00%"),
+        ("acc", 1.0, None, "100.00%"),
+        ("acc_norm", 0.25, 0.05, "acc_norm 25.00% ± 5.00%"),
+        ("prompt_level_strict_acc", 0.25, None, "prompt_level_strict_acc 25.00%"),
+        ("exact_match", 0.125, 0.0125, "exact_match 12.50% ± 1.25%"),
+        ("exact_match", 12.5, None, "exact_match 12.5"),
+        ("word_perplexity", 23.45678, None, "word_perplexity 23.46"),
+        ("perplexity", 123456.0, 789.0, "perplexity 1.235e+05 ± 7.9e+02"),
+        ("bits_per_byte", 0.91239, None, "bits_per_byte 0.9124"),
+        ("mcc", -0.25, 0.0125, "mcc -0.25 ± 0.013"),
+    ],
+)
+def test_only_shares_are_percentages(metric, value, error, text):
+    assert Score("task", metric, value, error, 1, 0).text() == text
+
+
 def test_faults_are_named_before_a_model_is_loaded(local_copies, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"few|no records beside the scored ones"):
         load_tasks(["boolq"], data=local_copies, fewshot=2)

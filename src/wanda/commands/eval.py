@@ -5,15 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from wanda.errors import ConfigurationError, RunError
+from wanda.errors import ConfigurationError, RunError, WandaError
 
 if TYPE_CHECKING:
     from wanda.evaluation.accuracy import Accuracy
@@ -65,15 +64,24 @@ class Options:
 
 @dataclass
 class Result:
-    """What came out for one model; unkept: why it could not be kept in the folder's wanda.json."""
+    """What came out for one model, filled in as it is found.
+
+    fault: what kept the rest of it from being measured. unkept: why it could not be kept in the folder's wanda.json.
+    """
 
     model: str
     folder: Path
     perplexity: Perplexity | None = None
-    scores: Sequence[Score] = ()
+    scores: list[Score] = field(default_factory=list)
     mean: float | None = None
     accuracy: Accuracy | None = None
+    fault: WandaError | None = None
     unkept: str | None = None
+
+    @property
+    def found(self) -> bool:
+        """Whether anything was measured."""
+        return self.perplexity is not None or self.accuracy is not None or bool(self.scores)
 
     def keep(self, kind: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Record results with the folder; a fault is noted, since what was measured is still to be shown."""
@@ -92,6 +100,7 @@ class Result:
             "tasks": [vars(score) for score in self.scores],
             "mean_of_paper": self.mean,
             "images": None if self.accuracy is None else self.accuracy.as_dict(),
+            "error": None if self.fault is None else str(self.fault),
         }
 
 
@@ -106,29 +115,33 @@ def eval_command(*models: str, options: Options | None = None) -> None:
         Folders (packed ones too), hub ids or .gguf files.
     """
     options = options or Options()
-    results = evaluate(models, options)
-    if options.json:
-        print(json.dumps({"results": [result.as_dict() for result in results]}))
-    else:
-        _show(results, options)
-    unkept = dict.fromkeys(result.unkept for result in results if result.unkept is not None)
-    if unkept:
-        sys.stdout.flush()
-        raise RunError("\n".join(unkept))
+    results: list[Result] = []
+    try:
+        evaluate(models, options, results)
+    finally:  # what was found is shown whatever happened to the rest, Ctrl-C included
+        if any(result.found for result in results):
+            if options.json:
+                print(json.dumps({"results": [result.as_dict() for result in results]}))
+            else:
+                _show(results, options)
+            sys.stdout.flush()
 
 
-def evaluate(models: Sequence[str], options: Options) -> list[Result]:
-    """Everything that `options` asks for, of every model in turn; all faults of the request are one error.
+def evaluate(models: Sequence[str], options: Options, results: list[Result] | None = None) -> list[Result]:
+    """Everything that `options` asks for, of every model in turn; put into `results` as soon as it is found.
 
-    A wanda.json that cannot be updated stops nothing: see Result.unkept.
+    All faults of the request are one ConfigurationError before anything is loaded. A fault of one model, or a
+    wanda.json that cannot be updated, keeps no other model from being measured; what was amiss is one error at the end:
+    RunError, or ConfigurationError where nothing was measured and every model was refused.
     """
     from wanda.checkpoint.source import load_tokenizer
     from wanda.evaluation.models import load
     from wanda.evaluation.perplexity import measure, text_windows
     from wanda.evaluation.tasks import load_tasks, mean_of_paper
 
+    results = [] if results is None else results
     if options.images is not None:
-        return _evaluate_images(models, options)
+        return _evaluate_images(models, options, results)
     folders, seqlen = _check(models, options)
     tasks = [name for part in options.tasks for name in part.split(",") if name]
     suite = None
@@ -136,34 +149,78 @@ def evaluate(models: Sequence[str], options: Options) -> list[Result]:
         suite = load_tasks(tasks, fewshot=options.fewshot, data=options.data, include_path=options.include_path)
     text = options.text or (None if tasks else "builtin")
     trust = options.trust_remote_code
-    dense = None
+    reference: Any = None
     if options.against is not None and not options.stream:
-        dense = load(folders[options.against], options.dtype, options.device, trust)
-    results = []
-    for name in models:
-        result = Result(name, folders[name])
+        reference = load(folders[options.against], options.dtype, options.device, trust)
+
+    def one(result: Result) -> None:
         tokenizer = load_tokenizer(result.folder, trust)
         model: Any = None if options.stream else load(result.folder, options.dtype, options.device, trust)
         if text is not None:
             ids, label = text_windows(text, tokenizer, seqlen, options.windows)
-            _log(f"{name}: perplexity on {label}, {len(ids)} windows of {seqlen} tokens")
+            _log(f"{result.model}: perplexity on {label}, {len(ids)} windows of {seqlen} tokens")
+            dense = reference
             if options.stream:
                 batch = options.batch or 1
                 model = _streamed(result.folder, ids, batch, options)
                 dense = None if options.against is None else _streamed(folders[options.against], ids, batch, options)
-                result.perplexity = measure(model, ids, label, dense=dense, batch=batch)
+                outside = measure(model, ids, label, dense=dense, batch=batch)
+                blocks = model.seconds + (0.0 if dense is None else dense.seconds)  # a model in memory has them inside
+                result.perplexity = replace(outside, seconds=outside.seconds + blocks)
             else:
                 result.perplexity = measure(model, ids, label, dense=dense, batch=options.batch)
+            _log(f"{result.model}: {_perplexity(result.perplexity)}")
             values = result.perplexity.as_dict() | {"against": options.against}
             result.keep("perplexity", {f"{label}, {len(ids)} windows of {seqlen} tokens": values})
         if suite is not None:
-            result.scores = suite.run(model, tokenizer, options.limit, options.batch or 8, partial(_report, name))
-            result.mean = mean_of_paper(result.scores)
-            result.keep("tasks", _entries(result, options.limit))
+
+            def scored(score: Score) -> None:
+                result.scores.append(score)
+                _log(f"{result.model}: {score.task} {score.text()}")
+
+            try:
+                suite.run(model, tokenizer, options.limit, options.batch or 8, scored)
+            finally:
+                result.mean = mean_of_paper(result.scores)
+                if result.scores:
+                    result.keep("tasks", _entries(result, options.limit))
+
+    return _in_turn(models, folders, results, one)
+
+
+def _in_turn(
+    models: Sequence[str], folders: Mapping[str, Path], results: list[Result], one: Callable[[Result], None]
+) -> list[Result]:
+    """Measure one model after the other; raises what was amiss with any of them when all have had their turn."""
+    for turn, name in enumerate(models, 1):
+        result = Result(name, folders[name])
         results.append(result)
-        del model
+        try:
+            one(result)
+        except WandaError as error:
+            result.fault = _fault_of(name, error)
+            if turn < len(models):
+                _log(f"{result.fault}; the other models are measured all the same")
+        except KeyboardInterrupt:
+            result.fault = RunError(f"{name}: stopped before it was measured in full")
+            raise
         gc.collect()  # modules hold cycles, and the next model needs the room now
+    errors = [result.fault for result in results if result.fault is not None]
+    if errors and not any(result.found for result in results):
+        refused = [error for error in errors if isinstance(error, ConfigurationError)]
+        if len(refused) == len(errors):
+            raise ConfigurationError(list(dict.fromkeys(fault for error in refused for fault in error.faults)))
+    said = [*map(str, errors), *(result.unkept for result in results if result.unkept is not None)]
+    if said:
+        raise RunError("\n".join(dict.fromkeys(said)))
     return results
+
+
+def _fault_of(model: str, error: WandaError) -> WandaError:
+    """The error with the model's name; a new one, since the frames of the old one would keep the model in memory."""
+    faults = error.faults if isinstance(error, ConfigurationError) else (str(error),)
+    named = [fault if fault.startswith(model) else f"{model}: {fault}" for fault in faults]
+    return ConfigurationError(named) if isinstance(error, ConfigurationError) else RunError(named[0])
 
 
 def _entries(result: Result, limit: int | None) -> dict[str, dict[str, Any]]:
@@ -184,8 +241,8 @@ def _entries(result: Result, limit: int | None) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
-    """Accuracy of every image classifier named; all faults of the request are one error."""
+def _evaluate_images(models: Sequence[str], options: Options, results: list[Result]) -> list[Result]:
+    """`evaluate` for image classifiers: their accuracy."""
     from wanda.checkpoint.source import classifies_images, load_classifier, load_config, resolve
     from wanda.device import pick_device
     from wanda.evaluation.accuracy import measure
@@ -221,26 +278,26 @@ def _evaluate_images(models: Sequence[str], options: Options) -> list[Result]:
             faults += [fault if name in fault else f"{name}: {fault}" for fault in error.faults]
     if faults:
         raise ConfigurationError(faults)
-    results = []
-    for name in models:
-        model = load_classifier(folders[name], options.dtype, options.device, options.trust_remote_code)
-        processor = load_processor(folders[name], options.trust_remote_code)
+    source = options.images
+
+    def one(result: Result) -> None:
+        model = load_classifier(result.folder, options.dtype, options.device, options.trust_remote_code)
+        processor = load_processor(result.folder, options.trust_remote_code)
         accuracy = measure(
             model,
             processor,
-            options.images,
+            source,
             limit=options.limit,
             batch=options.batch or 32,
             skip_unreadable=options.skip_unreadable,
         )
+        result.accuracy = accuracy
         for note in accuracy.notes:
-            _log(f"{name}: {note}")
-        result = Result(name, folders[name], accuracy=accuracy)
+            _log(f"{result.model}: {note}")
+        _log(f"{result.model}: top-1 {accuracy.top1:.2%} ± {accuracy.top1_error:.2%}")
         result.keep("images", {f"{accuracy.source}, {accuracy.images} images": accuracy.as_dict()})
-        results.append(result)
-        del model
-        gc.collect()
-    return results
+
+    return _in_turn(models, folders, results, one)
 
 
 def _streamed(folder: Path, ids: Any, batch: int, options: Options) -> Any:
@@ -300,12 +357,8 @@ def _unused(options: Options, names: Sequence[str], without: str) -> list[str]:
     return [f"{' and '.join(given)} would change nothing {without}; name what to measure"] if given else []
 
 
-def _report(model: str, score: Score) -> None:
-    _log(f"{model}: {score.task} {_score(score)}")
-
-
-def _score(score: Score) -> str:
-    return f"{score.value:.2%}" + ("" if score.error is None else f" ± {score.error:.2%}")
+def _perplexity(found: Perplexity) -> str:
+    return f"perplexity {found.perplexity:.4g}" + ("" if found.kl is None else f", KL {found.kl:.4f}")
 
 
 def _log(line: str) -> None:
@@ -345,13 +398,16 @@ def _show(results: Sequence[Result], options: Options) -> None:
             rate = f"{share.images_per_second:.1f}"
             table.add_row(model, f"{share.top1:.2%} ± {share.top1_error:.2%}", top5, rate, share.dtype)
         console.print(table)
-    if results and results[0].scores:
+    scored = [result for result in results if result.scores]
+    if scored:
         table = Table(title="tasks", title_justify="left")
         table.add_column("task")
-        for result in results:
+        for result in scored:
             table.add_column(result.model, justify="right", overflow="fold")
-        for row in zip(*(result.scores for result in results), strict=True):
-            table.add_row(row[0].task, *(_score(score) for score in row))
-        if results[0].mean is not None:
-            table.add_row("mean of the paper's seven", *(f"{result.mean:.2%}" for result in results))
+        shown = [{score.task: score.text() for score in result.scores} for result in scored]
+        for task in dict.fromkeys(task for cells in shown for task in cells):
+            table.add_row(task, *(cells.get(task, "-") for cells in shown))  # -: a model that was stopped before it
+        if any(result.mean is not None for result in scored):
+            means = ("-" if result.mean is None else f"{result.mean:.2%}" for result in scored)
+            table.add_row("mean of the paper's seven", *means)
         console.print(table)

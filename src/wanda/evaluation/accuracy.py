@@ -120,9 +120,7 @@ def match_classes(images: Images, config: Any) -> list[int]:
     """
     without = next((name for name, label in zip(images.names, images.labels, strict=True) if label is None), None)
     if without is not None:
-        raise ConfigurationError(
-            f"the image {without} is of no class; put each image into a folder named after its class"
-        )
+        raise ConfigurationError(f"the image {without} is of no class; {images.cure}")
     known = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
     numbers: list[int]
     if images.classes and all(name in known for name in images.classes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Streamed(nn.Module):
 
     All parts pass through one block after another, each read, used and dropped; what stays in memory are embeddings,
     head and the hidden states of the text. Equivalent to the model in memory, bit for bit.
+    seconds: what the blocks took, with reading them; norm and head run later, in `forward`.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Streamed(nn.Module):
         self.inner = self.skeleton.model
         self.config = self.inner.config
         self._next = 0
+        start = time.perf_counter()
         self._hidden = self._run(
             [part.to(place) for part in parts], Progress(len(self.skeleton.blocks), progress, "blocks")
         )
+        self.seconds = time.perf_counter() - start
 
     @torch.no_grad()
     def _run(self, parts: list[Tensor], progress: Progress) -> Activations:

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
 FEWSHOT_SEED = 1234  # the harness's own default
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no closed form; accuracies have one
 LOCAL_TASKS = Path(__file__).parent / "local_tasks"
+_SHARES = re.compile(r"(.*_)?(acc|accuracy|exact_match|em)(_.*)?|pass@\d+")  # metrics that are shares of the records
 
 
 @dataclass(frozen=True)
 class Score:
     """One task's result.
 
-    value, error: accuracy and its standard error, from 0 to 1; error is None where the harness has none.
+    value, error: of the metric and its standard error (an accuracy goes from 0 to 1, a perplexity anywhere); error is
+        None where the harness has none.
     samples: how many records were scored. fewshot: examples before each question; None for a group that mixes numbers.
     """
 
@@ -39,6 +42,14 @@ class Score:
     error: float | None
     samples: int
     fewshot: int | None
+
+    def text(self) -> str:
+        """The value with its error, for people: shares in percent, all else with four digits; `acc` needs no name."""
+        if _SHARES.fullmatch(self.metric) and 0 <= self.value <= 1:  # some tasks give theirs in percent already
+            shown = f"{self.value:.2%}" + ("" if self.error is None else f" ± {self.error:.2%}")
+        else:
+            shown = f"{self.value:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+        return shown if self.metric == "acc" else f"{self.metric} {shown}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ class TaskSuite:
                     harness_model, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ROUNDS, log_samples=False
                 )
             assert results is not None  # only other ranks than the first get nothing, and there is one
-            for row in [name] if name in loaded.get("groups", {}) else loaded["tasks"]:
+            # A group that says how to sum up its tasks has a row of its own.
+            for row in [name] if _metrics(results.get("groups", {}).get(name, {})) else loaded["tasks"]:
                 scores.append(_score(row, results, loaded["tasks"]))
                 report(scores[-1])
         return scores
@@ -240,7 +252,7 @@ def _examples(task: Any) -> int:
 def _score(name: str, results: Any, tasks: Mapping[str, Any]) -> Score:
     """The task's accuracy, as the paper reports it (not the length-normalised one), else its first metric."""
     row = results["groups" if name in results.get("groups", {}) else "results"][name]
-    metrics = [key for key in row if "," in key and "_stderr" not in key]
+    metrics = _metrics(row)
     chosen = next((key for key in metrics if key.startswith("acc,")), metrics[0])
     metric, _, filtered = chosen.partition(",")
     error = row.get(f"{metric}_stderr,{filtered}")
@@ -255,6 +267,11 @@ def _score(name: str, results: Any, tasks: Mapping[str, Any]) -> Score:
         samples,
         fewshot.pop() if len(fewshot) == 1 else None,
     )
+
+
+def _metrics(row: Mapping[str, Any]) -> list[str]:
+    """The keys of a row of results that are metrics: `name,filter`."""
+    return [key for key in row if "," in key and "_stderr" not in key]
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

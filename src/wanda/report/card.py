@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from wanda.report import Report
 
@@ -18,11 +19,7 @@ def model_card(report: Report, paper: str) -> str:
         blocks.setdefault(row["block"], []).append(row)
     lines = [
         "---",
-        *(
-            [f"base_model: {report.model}"]
-            if "/" in report.model and not report.model.startswith(("/", ".", "~"))
-            else []
-        ),
+        *([f"base_model: {report.model}"] if _is_hub_id(report.model) else []),
         "tags:",
         "- pruned",
         "- sparse",
@@ -60,6 +57,18 @@ def model_card(report: Report, paper: str) -> str:
         lines += ["", "Made by", "", "```", report.command, "```"]
     lines += ["", "The whole recipe and the report per layer are in `wanda.json`.", ""]
     return "\n".join(lines)
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether a model's name can only be one of the hub: such as it allows, and of nothing on this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return not Path(model).exists()
 
 
 def _competes(recipe: dict) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from wanda.checkpoint.packed import is_packed
+from wanda.checkpoint.source import weight_files
 from wanda.errors import RunError
 from wanda.kernels.native import native, pool
 
@@ -97,8 +99,12 @@ def read_bandwidth(nbytes: int = 1 << 30, rounds: int = 5) -> float:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a folder's safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the safetensors files that a checkpoint is loaded from, packed or not.
+
+    Raises ConfigurationError for an ordinary folder whose weight files are not all there.
+    """
+    files = folder.glob("*.safetensors") if is_packed(folder) else weight_files(folder)
+    return sum(file.stat().st_size for file in files)
 
 
 _FRESH = """
