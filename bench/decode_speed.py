@@ -245,6 +245,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; the system's temporary folder")
     arguments = parser.parse_args()
     config = tomllib.loads(arguments.config.read_text())
+    chosen = [
+        (kind, sparsity)
+        for kind in ("llama", "demo")
+        for sparsity in config[kind]["sparsities"]
+        if arguments.only in (None, kind) and arguments.sparsity in (None, sparsity)
+    ]
+    if not chosen:
+        there = {kind: config[kind]["sparsities"] for kind in ("llama", "demo") if arguments.only in (None, kind)}
+        parser.error(f"{arguments.config} has no sparsity {arguments.sparsity}; it has {json.dumps(there)}")
     transformers.utils.logging.disable_progress_bar()
     result: dict[str, Any] = {
         "config": config,
@@ -259,21 +268,16 @@ def main() -> None:
         "models": {},
     }
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        for kind in ("llama", "demo"):
-            if arguments.only not in (None, kind):
-                continue
-            for sparsity in config[kind]["sparsities"]:
-                if arguments.sparsity not in (None, sparsity):
-                    continue
-                log(f"{kind} at {sparsity}")
-                folder = Path(temporary) / f"{kind}-{sparsity}"
-                if kind == "llama":
-                    make_llama(folder, config["llama"]["config"], sparsity)
-                else:
-                    make_demo(folder, sparsity)
-                result["models"][folder.name] = measure_model(folder, config)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        for kind, sparsity in chosen:
+            log(f"{kind} at {sparsity}")
+            folder = Path(temporary) / f"{kind}-{sparsity}"
+            if kind == "llama":
+                make_llama(folder, config["llama"]["config"], sparsity)
+            else:
+                make_demo(folder, sparsity)
+            result["models"][folder.name] = measure_model(folder, config)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
         json.dumps(
             {

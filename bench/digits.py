@@ -5,8 +5,8 @@
 The digits are written as PNG files, a folder a class; everything after the training goes through wanda.prune and what
 `wanda eval --images` measures with. Groups: the whole layer and each output row; Wanda's statistics from the dense
 model (`none`, as the paper's image code takes them) and propagated (`layer`). Writes digits.json, .md and .png.
-Models stay in DIR (the cache's bench-digits) and are trained when they are not there. Needs the extra `plots` and
-scikit-learn.
+Models stay in DIR (the cache's bench-digits) and are trained when they are not there; those of another config are
+refused. Needs the extra `plots` and scikit-learn.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ConvNextConfig, ViTConfig
 
 from facts import facts
+from kept import kept, note
 from wanda.checkpoint.source import cache_folder, load_classifier
 from wanda.evaluation.accuracy import measure
 from wanda.images import load_processor
@@ -61,7 +62,14 @@ def main() -> None:
         for seed in config["seeds"]:
             folder = arguments.folder / f"{name}-{seed}"
             start = time.perf_counter()
-            if not folder.is_dir():
+            made_from = {
+                "shape": config[name],
+                "train": config["train"] | {"epochs": config["train"]["epochs"][name]},
+                "seed": seed,
+                "test": config["test"],
+            }
+            if not kept(folder, made_from):
+                note(folder, made_from)
                 train(name, config, seed, images, folder)
             seconds.append(round(time.perf_counter() - start, 1))
             folders.append(folder)
@@ -75,8 +83,9 @@ def main() -> None:
 
 def write_images(folder: Path, test: int) -> Path:
     """The digits as PNG files in folder/train/CLASS and folder/test/CLASS; the split is drawn with seed 0."""
-    if folder.is_dir():
+    if kept(folder, {"test": test}):
         return folder
+    note(folder, {"test": test})
     partial = folder.with_name("images.partial")
     shutil.rmtree(partial, ignore_errors=True)
     digits = load_digits()

@@ -4,7 +4,7 @@
 
 train: a byte-level BPE and a Mixtral of the config's shape, from scratch, on the calibration part of `builtin` (the
     language reference that Python carries) and the docstrings of its standard library. The model stays in the cache
-    folder, `bench-experts`; the other parts train it when it is not there.
+    folder, `bench-experts`; the other parts train it when it is not there, and refuse one of another config.
 quality: perplexity on the part of `builtin` that neither training nor calibration sees: dense, and pruned by every
     method of the config, unstructured and N:M; `wanda all` is wanda with --experts all.
 speed: the whole call of wanda.prune (layer) over one bare forward pass of the same blocks and tokens, in alternating
@@ -35,6 +35,8 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from facts import facts, save, spread, spread_text
+from kept import kept, note
+from options import positive
 from prune_speed import bare_forward, wanda_seconds
 from wanda.calibration import encode
 from wanda.checkpoint.source import cache_folder
@@ -51,15 +53,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="what to do; everything when nothing is said")
     parser.add_argument("--config", type=Path, default=here.with_suffix(".toml"))
-    parser.add_argument("--steps", type=int, help="of training, instead of the config's number")
-    parser.add_argument("--samples", type=int, help="calibration sequences, instead of the config's numbers")
-    parser.add_argument("--rounds", type=int, help="of the speed part, instead of the config's number")
+    parser.add_argument("--steps", type=positive, help="of training, instead of the config's number")
+    parser.add_argument("--samples", type=positive, help="calibration sequences, instead of the config's numbers")
+    parser.add_argument("--rounds", type=positive, help="of the speed part, instead of the config's number")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "bench-experts", help="of the trained model")
     parser.add_argument("--out", type=Path, default=here.parent / "results" / "experts.json")
     arguments = parser.parse_args()
     parts = arguments.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if arguments.rounds and "speed" not in parts:
+        parser.error("--rounds is of the part speed; name that part too, or leave --rounds out")
+    if arguments.samples and not {"quality", "speed"} & set(parts):
+        parser.error("--samples is of the parts quality and speed; name one of them too, or leave --samples out")
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     config["train"]["steps"] = arguments.steps or config["train"]["steps"]
     config["speed"]["rounds"] = arguments.rounds or config["speed"]["rounds"]
@@ -67,13 +73,18 @@ def main() -> None:
         config[part]["samples"] = arguments.samples or config[part]["samples"]
     result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     model = arguments.folder / "model"
-    if "train" in parts or not model.is_dir():
+    if "train" in parts or not kept(model, made_from(config)):
         result["train"] = train(model, config)
     for part, measure in (("quality", quality), ("speed", speed)):
         if part in parts:
             result[part] = measure(model, config)
     save(arguments.out, result)
     arguments.out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+
+
+def made_from(config: dict[str, Any]) -> dict[str, Any]:
+    """What of the config the trained model depends on."""
+    return {name: config[name] for name in ("shape", "train", "tokenizer", "seqlen", "dtype", "seed")}
 
 
 def train(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -109,12 +120,16 @@ def train(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         if (step + 1) % 10 == 0:
             log(f"step {step + 1}: loss {sum(losses[-10:]) / 10:.3f}, {time.perf_counter() - start:.0f} s")
     model.config.output_router_logits = False
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(getattr(torch, config["dtype"])).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
-    model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    note(folder, made_from(config))
+    partial.rename(folder)
     return {
         **facts(),
-        "config": {name: config[name] for name in ("shape", "train", "tokenizer", "seqlen", "dtype", "seed")},
+        "config": made_from(config),
         "weights": sum(p.numel() for p in model.parameters()),
         "tokens_of_text": len(ids),
         "seconds": round(time.perf_counter() - start),

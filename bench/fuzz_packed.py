@@ -229,8 +229,10 @@ def run_batch(origin: Path, seeds: range) -> dict[str, int]:
 
 
 def main() -> None:
+    from options import positive
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--files", type=positive, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--batch", nargs=3, help=argparse.SUPPRESS)

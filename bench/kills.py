@@ -3,8 +3,9 @@
     python bench/kills.py [--propagate block|layer] [--kills 20] [--out bench/results/kills.json]
 
 Each attempt is a process of its own, killed at a moment drawn evenly from the time of an undisturbed run (a moment
-after its end is drawn again), then resumed in a new process to its end. All weights and their index are compared byte
-for byte. Exit code 1 when any differs. The result holds both ways side by side; a run replaces its own way only.
+after its end is drawn again, one between the last rename and the end of the tidy-up is not), then resumed in a new
+process to its end. All weights and their index are compared byte for byte. Exit code 1 when any differs. The result
+holds both ways side by side; a run replaces its own way only.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from typing import Any
 import torch
 
 from facts import facts, save, spread
+from options import positive
 from shapes import make_llama, write_text
 from wanda.checkpoint.writer import partial_folder
 from wanda.pipeline import prune
 
+_MAKING = ("journal.jsonl", "lock", "replaced")  # removed from DIR after the rename (docs/design.md, Faults, step 4)
 _PRELOADED = ["wanda.pipeline", "transformers.models.llama.modeling_llama"]  # imports are not what is to be killed
 
 
@@ -69,8 +72,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors*"))}
 
 
-def state(out: Path) -> dict[str, Any]:
-    """How far a killed run had come: blocks journaled, and whether it was in the middle of writing a file."""
+def left(out: Path) -> list[str]:
+    """What only the making of `out` needed and is still in it: the run was killed between rename and end."""
+    return [name for name in _MAKING if (out / name).exists()]
+
+
+def state(out: Path, blocks: int) -> dict[str, Any]:
+    """How far a killed run had come: blocks journaled, whether it was in the middle of writing a file, and what it had
+    not tidied up after the rename, when all `blocks` are done whether or not the journal is still there."""
+    if out.exists():
+        return {"begun": True, "blocks": blocks, "in_a_write": False, "renamed_but_left": left(out)}
     folder = partial_folder(out)
     journal = folder / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
@@ -79,6 +90,7 @@ def state(out: Path) -> dict[str, Any]:
         "begun": bool(whole),
         "blocks": sum("block" in line for line in whole),
         "in_a_write": any(folder.glob("*.tmp")),
+        "renamed_but_left": [],
     }
 
 
@@ -87,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=here.with_suffix(".toml"))
     parser.add_argument("--propagate", choices=("block", "layer"), help="one way only")
-    parser.add_argument("--kills", type=int, help="in each way, instead of the config's number")
+    parser.add_argument("--kills", type=positive, help="in each way, instead of the config's number")
     parser.add_argument("--out", type=Path, default=here.parent / "results" / "kills.json")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; the system's temporary folder")
     arguments = parser.parse_args()
@@ -123,11 +135,12 @@ def measure(folder: Path, propagate: str, config: dict[str, Any]) -> dict[str, A
         process.join()
         if process.exitcode and process.exitcode > 0:
             sys.exit(f"a run ended with exit code {process.exitcode}; its message is above")
-        if out.exists():  # it was faster than the undisturbed run: nothing is left to resume
+        if out.exists() and not left(out):  # it was faster than the undisturbed run: nothing is left to resume
             ended += 1
         else:
-            row = {"after_seconds": round(after, 3), **state(out), "resumed_seconds": round(runs.finish(out), 3)}
-            row["identical"] = digests(out) == expected and not partial_folder(out).exists()
+            row = {"after_seconds": round(after, 3), **state(out, config["shape"]["num_hidden_layers"])}
+            row["resumed_seconds"] = round(runs.finish(out), 3)
+            row["identical"] = digests(out) == expected and not partial_folder(out).exists() and not left(out)
             rows.append(row)
             print(f"{propagate} {len(rows)}/{config['kills']}: {json.dumps(row)}", flush=True)
         shutil.rmtree(out)
@@ -139,6 +152,7 @@ def measure(folder: Path, propagate: str, config: dict[str, Any]) -> dict[str, A
         "identical": sum(row["identical"] for row in rows),
         "blocks_done_when_killed": spread([row["blocks"] for row in rows]),
         "killed_in_a_write": sum(row["in_a_write"] for row in rows),
+        "killed_in_the_tidy_up": sum(bool(row["renamed_but_left"]) for row in rows),
         "kills": rows,
     }
 

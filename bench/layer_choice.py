@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from options import positive
 from wanda.kernels.native import LEVELS, native
 
 TYPES = (  # stored, computed in
@@ -104,7 +105,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--paths", nargs="*", help="kernel paths; all that this machine has")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -114,8 +115,11 @@ def main() -> None:
     module = native()
     if module is None:
         parser.error("the C kernels are not compiled here")
+    there = LEVELS[: module.best_level() + 1]
+    if unknown := [path for path in arguments.paths or [] if path not in there]:
+        parser.error(f"this machine has no kernel path {', '.join(unknown)}; it has {', '.join(there)}")
     rows = []
-    for path in arguments.paths or LEVELS[: module.best_level() + 1]:
+    for path in arguments.paths or there:
         for torch_is, held in (("own", {}), ("same", HELD[path])) if HELD[path] else (("own", {}),):
             command = [sys.executable, __file__, "--measure", "--rounds", str(arguments.rounds)]
             environment = {**os.environ, **held, "WANDA_KERNELS": path}
@@ -124,6 +128,7 @@ def main() -> None:
                 rows.append({"path": path, "torch": torch_is, **row})
             print(f"{path} against torch's {torch_is} instructions", file=sys.stderr, flush=True)
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 

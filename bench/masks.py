@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from facts import facts, save, spread, spread_text
+from options import positive
 from wanda.blocks import find_blocks, record
 from wanda.checkpoint.source import load_model
 from wanda.demo import model_folder
@@ -57,9 +58,9 @@ def input_norms(block: nn.Module, forward: list) -> dict[nn.Linear, Tensor]:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=positive, default=32)
+    parser.add_argument("--seqlen", type=positive, default=1024)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--block", type=int, default=0)
     parser.add_argument("--model", type=Path, help="another model than the demo's")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "masks.json")
@@ -68,6 +69,8 @@ def main() -> None:
     result = facts()
     model = load_model(arguments.model or model_folder(), "auto", "cpu", False)
     blocks = find_blocks(model)
+    if not 0 <= arguments.block < len(blocks):
+        parser.error(f"--block {arguments.block} is none of the model's; they are 0 to {len(blocks) - 1}")
     block = blocks.modules[arguments.block]
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (arguments.samples, arguments.seqlen))
     recording = record(model, blocks, ids.split(max(1, BATCH_TOKENS // arguments.seqlen)))
@@ -91,6 +94,7 @@ def main() -> None:
                 pattern.mask(score)
             shares[name].append(100 * (time.perf_counter() - start) / passes[-1])
     result |= {
+        "block": arguments.block,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": [arguments.samples, arguments.seqlen],
         "weights": sum(score.numel() for score in scores),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from facts import facts, save
+from options import positive
 from shapes import make_llama, write_text
 
 WAYS = ("layer", "block")
@@ -110,11 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=here.with_suffix(".toml"))
     parser.add_argument("--only", choices=("blocks", "large"))
-    parser.add_argument("--blocks", type=int, help="of the large shape, instead of the config's number; 32 are all")
-    parser.add_argument("--samples", type=int, help="calibration sequences, instead of the config's")
+    parser.add_argument("--blocks", type=positive, help="of the large shape, instead of the config's; 32 are all")
+    parser.add_argument("--samples", type=positive, help="calibration sequences, instead of the config's")
     parser.add_argument("--out", type=Path, default=here.parent / "results" / "memory.json")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; the system's temporary folder")
     arguments = parser.parse_args()
+    if arguments.blocks is not None and arguments.only == "blocks":
+        parser.error("--blocks is of the large shape, which --only blocks leaves out; give one of the two")
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     if arguments.blocks is not None:
         config["large"]["blocks"] = arguments.blocks

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from facts import facts, save, spread, spread_text
+from options import positive
 from shapes import first_blocks, make_llama, write_text
 from wanda.blocks import record
 from wanda.checkpoint.source import cache_folder
@@ -50,16 +51,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("smollm2", "llama-1b"))
     parser.add_argument("--config", type=Path, default=here.with_suffix(".toml"))
-    parser.add_argument("--calibration", default="builtin", help="calibration text (SOURCE) of smollm2")
-    parser.add_argument("--rounds", type=int, help="instead of the config's number")
-    parser.add_argument("--samples", type=int, help="calibration sequences, instead of the config's number")
-    parser.add_argument("--seqlen", type=int, help="tokens of a sequence, instead of the config's number")
-    parser.add_argument("--blocks", type=int, help="only the first so many blocks of the model")
-    parser.add_argument("--threads", type=int, help="of torch, in all processes; its own choice when nothing is said")
+    parser.add_argument("--calibration", help="calibration text (SOURCE) of smollm2; builtin")
+    parser.add_argument("--rounds", type=positive, help="instead of the config's number")
+    parser.add_argument("--samples", type=positive, help="calibration sequences, instead of the config's number")
+    parser.add_argument("--seqlen", type=positive, help="tokens of a sequence, instead of the config's number")
+    parser.add_argument("--blocks", type=positive, help="only the first so many blocks of the model")
+    parser.add_argument("--threads", type=positive, help="of torch, in all processes; else its own choice")
     parser.add_argument("--without-llmcompressor", action="store_true")
     parser.add_argument("--out", type=Path, help="instead of bench/results/prune_speed-MODEL.json")
     parser.add_argument("--folder", type=Path, help="where checkpoints are made; the system's temporary folder")
     arguments = parser.parse_args()
+    if arguments.calibration is not None and arguments.model != "smollm2":
+        parser.error(f"--calibration is of smollm2; {arguments.model} has random weights and takes random words")
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     config |= config.pop(arguments.model)
     config |= {n: v for n in ("rounds", "samples", "seqlen") if (v := getattr(arguments, n)) is not None}
@@ -69,7 +72,7 @@ def main() -> None:
     python = None if arguments.without_llmcompressor else environment(config["llmcompressor"]["install"])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
-        model, source = prepare(arguments.model, folder, config, arguments.blocks, arguments.calibration)
+        model, source = prepare(arguments.model, folder, config, arguments.blocks, arguments.calibration or "builtin")
         result = measure(model, source, config, python, folder)
     save(
         out, {"model": arguments.model, "blocks": arguments.blocks or "all", "calibration": Path(source).name} | result

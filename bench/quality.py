@@ -15,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+from options import positive
 from wanda import compare
 from wanda.demo import model_folder
 from wanda.evaluation.grid import Grid, Setting, options_of
@@ -27,8 +28,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="calibration text (SOURCE)")
     parser.add_argument("--text", required=True, help="text that perplexity is measured on (SOURCE)")
     parser.add_argument("--study", default="paper", help="a study of the config")
-    parser.add_argument("--windows", type=int, help="measure on so many windows instead of the study's number")
-    parser.add_argument("--samples", type=int, help="calibration sequences, instead of the config's number")
+    parser.add_argument("--windows", type=positive, help="measure on so many windows instead of the study's number")
+    parser.add_argument("--samples", type=positive, help="calibration sequences, instead of the config's number")
     parser.add_argument("--packed", action="store_true", help="measure packed models")
     parser.add_argument("--config", type=Path, default=here / "quality.json")
     parser.add_argument("--model", type=Path, help="another model than the demo's")

@@ -6,7 +6,8 @@
 For every pattern of the config: the model is pruned, a plain and a sparse-aware adapter and all surviving weights are
 trained on --train for the same number of steps, and perplexity on --text is measured for the pruned model, the adapter
 unmerged, merged without and under the masks, the sparse-aware one merged, and full tuning. Finished folders in --work
-are used again. Results: a JSON file, a table in Markdown and the learning curves beside it.
+are used again; those of another model, text or config are refused. Results: a JSON file, a table in Markdown and the
+learning curves beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 
+from kept import kept, note
+from options import positive
 from wanda import prune
 from wanda.checkpoint.source import load_model
 from wanda.evaluation.perplexity import perplexity
@@ -40,10 +43,12 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="text for perplexity (SOURCE), the WikiText-2 test set as a file")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--minutes", type=float, help="instead of the config's")
-    parser.add_argument("--steps", type=int, help="instead of the config's")
-    parser.add_argument("--windows", type=int, help="measure the first so many windows only")
+    parser.add_argument("--steps", type=positive, help="instead of the config's")
+    parser.add_argument("--windows", type=positive, help="measure the first so many windows only")
     parser.add_argument("--out", type=Path, default=here / "results" / "recovery.json")
     arguments = parser.parse_args()
+    if arguments.minutes is not None and arguments.minutes <= 0:
+        parser.error(f"--minutes {arguments.minutes} leaves no time to tune; give more than 0")
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     for name in ("minutes", "steps"):
         if getattr(arguments, name) is not None:
@@ -83,22 +88,26 @@ def measured(arguments: argparse.Namespace, config: dict[str, Any]) -> Iterator[
     for pattern in config["patterns"]:
         work = arguments.work / pattern.replace(":", "-")
         pruned = work / "pruned"
-        if not pruned.exists():
-            target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+        target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+        made_from = {"model": str(arguments.model.resolve()), "calibration": arguments.train}
+        made_from |= {"prune": target | config["prune"]}
+        if not kept(pruned, made_from):
+            note(pruned, made_from)
             prune(arguments.model, out=pruned, calibration=arguments.train, **target, **config["prune"])
         yield row(pattern, "pruned", pruned)
         for name, sparse_aware in (("adapter", False), ("sparse-aware adapter", True)):
             adapter = work / name.replace(" ", "-")
             lora = config["lora"] | {"lora": True, "sparse_aware": sparse_aware}
-            tuning = tuned(pruned, adapter, arguments, config["tune"] | lora)
+            tuning, adapted = tuned(pruned, made_from, adapter, arguments, config["tune"] | lora)
             if not sparse_aware:
                 yield row(pattern, "adapter unmerged (dense in effect)", pruned, adapter, tuning)
-                yield row(
-                    pattern, "adapter merged without the masks (dense again)", merged(pruned, adapter, work, False)
-                )
+                dense_again = merged(pruned, adapter, adapted, work, False)
+                yield row(pattern, "adapter merged without the masks (dense again)", dense_again)
             title = "sparse-aware adapter merged under the masks" if sparse_aware else "adapter merged under the masks"
-            yield row(pattern, title, merged(pruned, adapter, work, True), tuning=tuning if sparse_aware else None)
-        tuning = tuned(pruned, work / "full", arguments, config["tune"] | config["full"] | {"full": True})
+            masked = merged(pruned, adapter, adapted, work, True)
+            yield row(pattern, title, masked, tuning=tuning if sparse_aware else None)
+        full = config["tune"] | config["full"] | {"full": True}
+        tuning, _ = tuned(pruned, made_from, work / "full", arguments, full)
         yield row(pattern, "full tuning", work / "full", tuning=tuning)
         for name in ("adapter", "sparse-aware-adapter", "full"):
             curve = arguments.out.with_name(f"{arguments.out.stem}-{pattern.replace(':', '-')}-{name}.png")
@@ -111,15 +120,22 @@ def tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def tuned(pruned: Path, out: Path, arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
-    if not out.exists():
+def tuned(
+    pruned: Path, pruned_from: dict[str, Any], out: Path, arguments: argparse.Namespace, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tune `pruned` into `out`, unless it is there: what tuning reported, and what `out` was made from."""
+    made_from = {"pruned": pruned_from, "train": arguments.train, "tune": options}
+    if not kept(out, made_from):
+        note(out, made_from)
         tune(pruned, out=out, calibration=arguments.train, resume=True, **options)
-    return json.loads((out / "wanda.json").read_text(encoding="utf-8"))["tune"]
+    return json.loads((out / "wanda.json").read_text(encoding="utf-8"))["tune"], made_from
 
 
-def merged(pruned: Path, adapter: Path, work: Path, mask: bool) -> Path:
+def merged(pruned: Path, adapter: Path, adapter_from: dict[str, Any], work: Path, mask: bool) -> Path:
     out = work / f"{adapter.name}-{'masked' if mask else 'unmasked'}"
-    if not out.exists():
+    made_from = {"adapter": adapter_from, "mask": mask}
+    if not kept(out, made_from):
+        note(out, made_from)
         merge(pruned, adapter, out=out, mask=mask)
     return out
 

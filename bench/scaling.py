@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from facts import facts, save, spread
+from options import positive
 from shapes import make_llama, write_text
 from wanda.pipeline import prune
 
@@ -109,13 +110,15 @@ def main() -> None:
     here = Path(__file__)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=here.with_suffix(".toml"))
-    parser.add_argument("--rounds", type=int, help="instead of the config's number")
-    parser.add_argument("--samples", type=int, help="at the points of the other axes, instead of the config's number")
+    parser.add_argument("--rounds", type=positive, help="instead of the config's number")
+    parser.add_argument("--samples", type=positive, help="at the points of the other axes, instead of the config's")
     parser.add_argument("--only", choices=("blocks", "samples", "hidden_size"), help="one axis")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice when nothing is said")
+    parser.add_argument("--threads", type=positive, help="of torch; its own choice when nothing is said")
     parser.add_argument("--out", type=Path, default=here.parent / "results" / "scaling.json")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made; the system's temporary folder")
     arguments = parser.parse_args()
+    if arguments.samples is not None and arguments.only == "samples":
+        parser.error("--samples is of the other axes, which --only samples leaves out; give one of the two")
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
     config |= {n: v for n in ("rounds", "samples") if (v := getattr(arguments, n)) is not None}
     if arguments.threads is not None:

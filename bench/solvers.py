@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from facts import processor
+from options import positive
 from wanda.composition import Composition
 from wanda.factors import admm_inverse, inverse_factor
 from wanda.patterns import NM, Pattern, Unstructured
@@ -46,90 +47,120 @@ def correlated_inputs(tokens: int, width: int) -> Tensor:
     return ((low + 0.5 * torch.randn(tokens, width)) * torch.rand(width).mul(2).exp()).bfloat16()
 
 
+HALF, TWO_OF_FOUR = Unstructured(Fraction(1, 2)), NM(2, 4)
+HALF_OF_128 = Unstructured(Fraction(1, 2), 128)
+
+
+class Matrix:
+    """A square matrix, its inputs and their statistics; methods make what is timed."""
+
+    def __init__(self, size: int, tokens: int):
+        torch.manual_seed(0)
+        self.weight = torch.randn(size, size) * 0.02
+        self.inputs = correlated_inputs(tokens, size)
+        self.statistics = Statistics(size, Needs.GRAM, inherit=True)
+        self.statistics.update(self.inputs, self.inputs + 0.1 * torch.randn(self.inputs.shape).bfloat16())
+        self.gram_only = Statistics(size, Needs.GRAM)
+        self.scores = self.weight.abs()
+
+    def make_factors(self) -> None:
+        """What matrices with the same input share, as far as it is not there."""
+        inverse_factor(self.statistics), admm_inverse(self.statistics)
+
+    def gram(self) -> Callable[[], Any]:
+        return lambda: (self.gram_only.update(self.inputs), self.gram_only.gram)
+
+    def factor(self, make: Callable[[Statistics], Any]) -> Callable[[], Any]:
+        def work() -> None:
+            self.statistics.cache.clear()
+            make(self.statistics)
+
+        return work
+
+    def mask(self, pattern: Pattern) -> Callable[[], Any]:
+        return lambda: pattern.mask(self.scores)
+
+    def update(self, name: str, pattern: Pattern, score: str = "wanda", inherit: float = 0.0) -> Callable[[], Any]:
+        """Shared factors and the mask of a fixed-mask update are there already."""
+        solver, size = UPDATES.get(name), len(self.weight)
+        scorer = SCORES.get(score).prepare(self.weight, self.statistics)
+        select = lambda columns_weight, columns: pattern.mask(  # noqa: E731
+            scorer(columns_weight, columns), columns.start or 0, size
+        )
+        mask = select(self.weight, slice(None)) if solver.takes_chain else None
+
+        def work() -> None:
+            solver(Problem(self.weight, self.statistics, pattern, select, inherit, mask=mask))
+
+        return work
+
+    def whole(self, name: str, pattern: Pattern, inherit: float = 0.0) -> Callable[[], Any]:
+        def work() -> None:
+            self.statistics.cache.clear()
+            Composition(None, name, inherit).prune(self.weight, self.statistics, pattern, name)
+
+        return work
+
+
+Row = Callable[[Matrix], Callable[[], Any]]
+SLOW: dict[str, Row] = {
+    "swap, rows": lambda m: m.update("swap", HALF),
+    "swap, 2:4": lambda m: m.update("swap", TWO_OF_FOUR),
+    "fast: admm-relaxed, whole": lambda m: m.whole("admm-relaxed", HALF),
+    "best: the same, inherited errors": lambda m: m.whole("admm-relaxed", HALF, 0.5),
+}
+
+
+def rows_of(tokens: int) -> dict[str, Row]:
+    """The rows that are always measured, by name."""
+    return {
+        f"Gram matrix, {tokens} bfloat16 tokens": lambda m: m.gram(),
+        "factor of the sweep (once per input)": lambda m: m.factor(inverse_factor),
+        "inverse of ADMM (once per input)": lambda m: m.factor(admm_inverse),
+        "mask, half of each row": lambda m: m.mask(HALF),
+        "mask, half of 128 columns": lambda m: m.mask(HALF_OF_128),
+        "mask, 2:4": lambda m: m.mask(TWO_OF_FOUR),
+        "pcg, 10 steps": lambda m: m.update("pcg", HALF),
+        "pcg, 10 steps, inherited errors": lambda m: m.update("pcg", HALF, inherit=0.5),
+        "obs, 128 columns": lambda m: m.update("obs", HALF_OF_128, "obs"),
+        "obs, 2:4": lambda m: m.update("obs", TWO_OF_FOUR, "obs"),
+        "obs-sequential": lambda m: m.update("obs-sequential", HALF),
+        "admm, 20 steps": lambda m: m.update("admm", HALF),
+        "admm-iterative, 20 steps": lambda m: m.update("admm-iterative", HALF),
+        "admm-iterative, 20 steps, 2:4": lambda m: m.update("admm-iterative", TWO_OF_FOUR),
+        "admm-relaxed, 20 steps": lambda m: m.update("admm-relaxed", HALF),
+        "admm-relaxed, 20 steps, 2:4": lambda m: m.update("admm-relaxed", TWO_OF_FOUR),
+        "admm-relaxed, 20 steps, inherited errors": lambda m: m.update("admm-relaxed", HALF, inherit=0.5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--size", type=positive, default=4096)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--out", type=Path, help="bench/results/solvers.json; nothing is written with --only alone")
     parser.add_argument("--all", action="store_true", help="swap (minutes) and whole compositions as well")
     parser.add_argument("--only", default="", help="measure only the rows whose name contains this")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     size = arguments.size
-    weight = torch.randn(size, size) * 0.02
-    inputs = correlated_inputs(arguments.tokens, size)
-    statistics = Statistics(size, Needs.GRAM, inherit=True)
-    statistics.update(inputs, inputs + 0.1 * torch.randn(inputs.shape).bfloat16())
-    gram_only = Statistics(size, Needs.GRAM)
-    half, two_of_four = Unstructured(Fraction(1, 2)), NM(2, 4)
-
-    def factor(make: Callable[[Statistics], Any]) -> Callable[[], Any]:
-        def work() -> None:
-            statistics.cache.clear()
-            make(statistics)
-
-        return work
-
-    def update(name: str, pattern: Pattern, score: str = "wanda", inherit: float = 0.0) -> Callable[[], Any]:
-        """Shared factors and the mask of a fixed-mask update are there already."""
-        solver = UPDATES.get(name)
-        scorer = SCORES.get(score).prepare(weight, statistics)
-        select = lambda columns_weight, columns: pattern.mask(  # noqa: E731
-            scorer(columns_weight, columns), columns.start or 0, size
-        )
-        mask = select(weight, slice(None)) if solver.takes_chain else None
-
-        def work() -> None:
-            solver(Problem(weight, statistics, pattern, select, inherit, mask=mask))
-
-        return work
-
-    def whole(name: str, pattern: Pattern, inherit: float = 0.0) -> Callable[[], Any]:
-        def work() -> None:
-            statistics.cache.clear()
-            Composition(None, name, inherit).prune(weight, statistics, pattern, name)
-
-        return work
-
-    scores = weight.abs()
-    rows: dict[str, Callable[[], Any]] = {
-        f"Gram matrix, {arguments.tokens} bfloat16 tokens": lambda: (gram_only.update(inputs), gram_only.gram),
-        "factor of the sweep (once per input)": factor(inverse_factor),
-        "inverse of ADMM (once per input)": factor(admm_inverse),
-        "mask, half of each row": lambda: half.mask(scores),
-        "mask, half of 128 columns": lambda: Unstructured(Fraction(1, 2), 128).mask(scores),
-        "mask, 2:4": lambda: two_of_four.mask(scores),
-        "pcg, 10 steps": update("pcg", half),
-        "pcg, 10 steps, inherited errors": update("pcg", half, inherit=0.5),
-        "obs, 128 columns": update("obs", Unstructured(Fraction(1, 2), 128), "obs"),
-        "obs, 2:4": update("obs", two_of_four, "obs"),
-        "obs-sequential": update("obs-sequential", half),
-        "admm, 20 steps": update("admm", half),
-        "admm-iterative, 20 steps": update("admm-iterative", half),
-        "admm-iterative, 20 steps, 2:4": update("admm-iterative", two_of_four),
-        "admm-relaxed, 20 steps": update("admm-relaxed", half),
-        "admm-relaxed, 20 steps, 2:4": update("admm-relaxed", two_of_four),
-        "admm-relaxed, 20 steps, inherited errors": update("admm-relaxed", half, inherit=0.5),
-    }
-    slow: dict[str, Callable[[], Any]] = {
-        "swap, rows": update("swap", half),
-        "swap, 2:4": update("swap", two_of_four),
-        "fast: admm-relaxed, whole": whole("admm-relaxed", half),
-        "best: the same, inherited errors": whole("admm-relaxed", half, 0.5),
-    }
-    if arguments.all:
-        rows |= slow
-    rows = {name: work for name, work in rows.items() if arguments.only in name}
-    inverse_factor(statistics), admm_inverse(statistics)
-    other = torch.randn(size, size)
+    rows = rows_of(arguments.tokens) | (SLOW if arguments.all else {})
+    chosen = {name: row for name, row in rows.items() if arguments.only in name}
+    if not chosen:
+        slow = " with --all" if any(arguments.only in name for name in SLOW) else ""
+        there = "; ".join(SLOW if slow else rows)
+        parser.error(f"no row's name contains {arguments.only!r}; there are{slow}: {there}")
+    matrix = Matrix(size, arguments.tokens)
+    works = {name: make(matrix) for name, make in chosen.items()}
+    matrix.make_factors()
+    weight, other = matrix.weight, torch.randn(size, size)
     product = lambda: weight @ other  # noqa: E731
     product()
-    ratios: dict[str, list[float]] = {name: [] for name in rows}
+    ratios: dict[str, list[float]] = {name: [] for name in works}
     products: list[float] = []
     for _ in range(arguments.rounds):
-        for name, work in rows.items():
-            inverse_factor(statistics), admm_inverse(statistics)
+        for name, work in works.items():
+            matrix.make_factors()
             before = seconds(product)
             taken = seconds(work)
             after = seconds(product)

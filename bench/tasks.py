@@ -3,7 +3,8 @@
     python bench/tasks.py --model DIR --data FOLDER --calibration SOURCE --work DIR [--config bench/tasks.toml]
                           [--limit N] [--out bench/results/tasks.json]
 
-Results: a JSON file and a table in Markdown beside it, with standard errors. Finished folders in --work are used again.
+Results: a JSON file and a table in Markdown beside it, with standard errors. Finished folders in --work are used again;
+those of another model, calibration or config are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from kept import kept, note
+from options import positive
 from wanda import prune
 from wanda.checkpoint.source import load_model, load_tokenizer
 from wanda.evaluation.tasks import load_tasks, mean_of_paper
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the local task sets (docs/evaluation.md)")
     parser.add_argument("--calibration", required=True, help="calibration text (SOURCE)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the pruned models")
-    parser.add_argument("--limit", type=int, help="instead of the config's")
+    parser.add_argument("--limit", type=positive, help="instead of the config's")
     parser.add_argument("--out", type=Path, default=here / "results" / "tasks.json")
     arguments = parser.parse_args()
     config = tomllib.loads(arguments.config.read_text(encoding="utf-8"))
@@ -42,7 +45,10 @@ def main() -> None:
     folders = {"dense": arguments.model}
     for name, options in config["methods"].items():
         folders[name] = arguments.work / name
-        if not folders[name].exists():
+        made_from = {"model": str(arguments.model.resolve()), "calibration": arguments.calibration}
+        made_from |= {"options": options | config["prune"]}
+        if not kept(folders[name], made_from):
+            note(folders[name], made_from)
             prune(arguments.model, out=folders[name], calibration=arguments.calibration, **options, **config["prune"])
     rows: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():

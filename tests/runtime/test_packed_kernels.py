@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -182,6 +186,29 @@ def test_what_a_kernel_cannot_take_is_refused() -> None:
     for computed, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         with pytest.raises(RunError, match="bias"):
             packed.multiply(torch.zeros(1, 64, dtype=computed), torch.zeros(8, dtype=other))
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    for bias, named in ((torch.zeros(8, device="meta"), "on meta"), (torch.zeros(7), r"bias \(7,\)")):
+        with pytest.raises(RunError, match=named):
+            packed.multiply(x, bias.bfloat16())
+
+
+@pytest.mark.skipif("avx2" not in PATHS, reason="the product that skips zeros needs AVX2")
+def test_zeros_are_skipped_where_at_most_70_percent_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 and 71 of 100; the one threshold decides in C, for few tokens, and here, for many."""
+    force("avx2", monkeypatch)
+    for survivors, expanded in ((70, False), (71, True)):
+        weight = torch.zeros(100)
+        weight[:survivors] = torch.randn(survivors)
+        weight = weight.reshape(10, 10)
+        packed = PackedMatrix.pack(weight)
+        assert MODULE is not None and MODULE.packed_skipping_pays(*packed._description) is not expanded
+        with pytest.MonkeyPatch.context() as patch:
+            dense = Mock(side_effect=packed.dense)
+            patch.setattr(PackedMatrix, "dense", dense)
+            for columns in (13, 17):
+                x = torch.randn(columns, 10)
+                assert_product(packed.multiply(x), weight, x, None)
+        assert dense.called is expanded
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -214,6 +241,56 @@ def test_the_environment_chooses_the_path() -> None:
         assert run(code, "portable").stdout.split() == ["0"]
     assert run(code, "torch").stdout.split() == ["None"]
     assert "portable" in run(code, "portible").stderr
+
+
+FEATURES = {  # names that __builtin_cpu_supports takes in GCC 9 and clang 14, which the kernels were compiled with
+    *("avx2", "fma", "popcnt", "bmi", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512vbmi2", "avx512bf16"),  # where the compiler has the intrinsics, GCC from 10 on
+}
+
+
+def test_the_compiler_is_asked_for_names_that_old_ones_know() -> None:
+    """A name that one does not know is an error there, and the whole extension would be missing."""
+    asked: set[str] = set()
+    for file in KERNELS.glob("*.[ch]"):
+        asked |= set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', file.read_text(encoding="utf-8")))
+    assert "avx2" in asked and asked <= FEATURES
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_every_kernel_compiles_without_a_warning(compiler: str, tmp_path: Path) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} here")
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").exists():
+        pytest.skip("there are no headers of Python here")
+    flags = ["-c", "-O0", "-std=c11", "-D_GNU_SOURCE", "-DPy_LIMITED_API=0x030b0000", "-Wall", "-Wextra", "-Werror"]
+    sources = [str(file) for file in sorted(KERNELS.glob("*.c"))]
+    command = [compiler, *flags, "-isystem", include, *sources]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert len(list(tmp_path.glob("*.o"))) == len(sources)
+
+
+@pytest.mark.skipif(
+    MODULE is None or platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(),
+    reason="Linux tells what an x86 processor has",
+)
+def test_the_best_path_is_what_the_system_says_the_processor_has() -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).partition(":")[2].split())
+    needed = (
+        {"avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"},
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        {"avx512_vbmi2", "avx512_bf16"},
+    )
+    expected = 0
+    for names in needed:
+        if not names <= flags:
+            break
+        expected += 1
+    found = MODULE.best_level()
+    assert found == expected or (found, expected) == (2, 3)  # the last one is not compiled by a compiler without it
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compile the kernels with sanitizers")

@@ -47,8 +47,7 @@ static void portable_squares(void *c, int64_t first, int64_t last) { add_strips(
 __attribute__((target("avx2"))) static void avx2_squares(void *c, int64_t first, int64_t last) {
     add_strips(c, first, last);
 }
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) static void avx512_squares(
-    void *c, int64_t first, int64_t last) {
+TARGET_WIDE static void avx512_squares(void *c, int64_t first, int64_t last) {
     add_strips(c, first, last);
 }
 #endif

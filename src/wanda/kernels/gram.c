@@ -9,7 +9,7 @@
 
 enum { STRIP = 6, PANEL = 64, DEPTH = 64, STRIPS = 16 };
 
-#ifdef WANDA_X86
+#ifdef WANDA_BF16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 
 typedef struct {

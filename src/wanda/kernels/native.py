@@ -31,10 +31,11 @@ def native() -> ModuleType | None:
         return None
     try:
         return importlib.import_module("wanda.kernels._native")
-    except ImportError:
+    except ImportError as error:
         print(
-            "wanda: the C kernels are not compiled, so pruning takes longer, and packed layers run at dense speed and "
-            "size; install a C compiler and reinstall wanda-prune to have them",
+            f"wanda: the C kernels are not there ({error}), so pruning takes longer, and packed layers run at dense "
+            "speed and size; reinstall wanda-prune where there is a C compiler to have them (`pip install -v` shows "
+            "what keeps one that is there from compiling them)",
             file=sys.stderr,
         )
         return None

@@ -10,7 +10,7 @@ enum { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVELS };
 enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
        FEW_COLUMNS = 8,   /* from there on the tiled product is faster, where there is one, */
-       SOME_COLUMNS = 12, /* and from there on the one that skips zeros, where 30% are */
+       SOME_COLUMNS = 12, /* and from there on the one that skips zeros, where that pays */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 
 /* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
@@ -35,6 +35,10 @@ typedef struct {
 } product;
 
 int best_level(void); /* of this processor and operating system */
+
+/* Whether at most 70% of the weights survive: up to there the product that skips the others is faster than a dense one of
+   the same instructions (docs/runtime.md). */
+int skipping_pays(const matrix *m);
 
 /* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number at LEVEL_AVX2, and where there is a tiled
    product. A dense matrix only there. */

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -24,7 +25,6 @@ SLACK = 32  # values that may be read behind the last one
 ALIGNMENT = 64  # bytes; every part is padded to it
 MOST_SURVIVORS = 2**32 - 1  # what an offset can hold
 COLUMNS = 16  # up to here the matrix-vector kernels run
-SPARSE = 0.7  # survivors up to which skipping the others beats a dense product; packed.c has it too (docs/runtime.md)
 _TILE = 1 << 21  # weights expanded at a time where torch multiplies
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -209,12 +209,12 @@ class PackedMatrix:
                 f"a packed {self.dtype} layer of {self.width} inputs on the CPU cannot take {tuple(x.shape)} "
                 f"of {x.dtype} on {x.device}; load the model where it is wanted, or unpack the checkpoint"
             )
-        if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != self.out):
-            raise RunError(f"a packed layer of {self.out} outputs has a bias of {bias.dtype} and inputs of {x.dtype}")
+        _check_bias(bias, x.dtype, self.out)
         columns = x.reshape(math.prod(x.shape[:-1]), self.width)
         if columns.stride(1) != 1:
             columns = columns.contiguous()
-        if native() is None or (columns.shape[0] > COLUMNS and not self._multiplies_many(x.dtype)):
+        module = native()
+        if module is None or (columns.shape[0] > COLUMNS and not self._multiplies_many(module, x.dtype)):
             result = columns.new_empty(len(columns), self.out)
             for a, b in self._tiles():
                 weight, part = self.dense(a, b, x.dtype), result[:, a:b]
@@ -226,16 +226,27 @@ class PackedMatrix:
             result = _multiply(self._description, columns, bias)
         return result.reshape(*x.shape[:-1], self.out)
 
-    def _multiplies_many(self, computed: torch.dtype) -> bool:
+    def _multiplies_many(self, module: ModuleType, computed: torch.dtype) -> bool:
         """Whether a kernel of our own takes more than COLUMNS columns, and is not slower than torch at that."""
         if LEVELS[level()] == "avx2":
-            return self.survivors <= SPARSE * self.out * self.width
+            return bool(module.packed_skipping_pays(*self._description))
         return tiled(self.dtype) and computed == self.dtype
 
 
 def tiled(dtype: torch.dtype) -> bool:
     """Whether there is the tiled product of bfloat16: any number of columns, and dense matrices."""
     return dtype == torch.bfloat16 and native() is not None and LEVELS[level()] == "avx512_bf16"
+
+
+def _check_bias(bias: Tensor | None, dtype: torch.dtype, out: int) -> None:
+    """RunError unless a kernel can add the bias, which it reads from its address."""
+    if bias is not None and not (
+        bias.is_cpu and bias.dtype == dtype and bias.is_contiguous() and tuple(bias.shape) == (out,)
+    ):
+        raise RunError(
+            f"a layer of {out} outputs and inputs of {dtype} on the CPU cannot take a bias {tuple(bias.shape)} of "
+            f"{bias.dtype} on {bias.device}; move the bias to where and what the inputs are, with one value an output"
+        )
 
 
 def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,11 +272,13 @@ def _multiply(description: tuple[int, ...], columns: Tensor, bias: Tensor | None
 def dense_multiply(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """functional.linear(x, weight, bias) by our own dense kernel, which there is where `tiled(weight.dtype)` holds.
 
-    weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width]. Raises RunError where there is none.
+    weight: contiguous [out, width] bfloat16 on the CPU; x: [..., width]. Raises RunError where there is none, and for a
+    bias that it cannot add.
     """
     if not tiled(weight.dtype):
         raise RunError(f"there is no dense kernel for {weight.dtype} on this machine; use torch's product")
     out, width = weight.shape
+    _check_bias(bias, weight.dtype, out)
     columns = x.reshape(math.prod(x.shape[:-1]), width)
     if columns.stride(1) != 1:
         columns = columns.contiguous()

@@ -3,9 +3,6 @@
 
 #ifdef WANDA_X86
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
-#define TARGET_BF16                                                                                             \
-    __attribute__((target(                                                                                      \
-        "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,popcnt")))
 
 TARGET INLINE __m512 load16(int kind, const void *values, int64_t at) {
     if (kind == KIND_F32) return _mm512_loadu_ps((const float *)values + at);
@@ -62,6 +59,11 @@ TARGET void avx512_expand(const matrix *m, int64_t row, int kind, void *out) {
         at += __builtin_popcount(lanes);
     }
 }
+
+#ifdef WANDA_BF16
+#define TARGET_BF16                                                                                             \
+    __attribute__((target(                                                                                      \
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,popcnt")))
 
 TARGET_BF16 INLINE __m512i expand32(uint32_t lanes, const uint16_t *values) {
     __asm__("" : "+r"(lanes)); /* or the compiler shifts mask registers, which is slower than filling two */
@@ -174,6 +176,7 @@ TARGET_BF16 void avx512_bf16_expand(const matrix *m, int64_t row, int kind, void
         values += __builtin_popcount(lanes);
     }
 }
+#endif
 #else
 typedef int wanda_no_avx512; /* an empty file is no C */
 #endif

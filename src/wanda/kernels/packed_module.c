@@ -38,6 +38,15 @@ static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+/* kind rows width mask offsets values -> bool */
+static PyObject *pays(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    int64_t a[MOST_ARGUMENTS];
+    (void)self;
+    if (!integers(arguments, given, 6, a)) return NULL;
+    const matrix m = matrix_of(a);
+    return PyBool_FromLong(skipping_pays(&m));
+}
+
 /* kind rows width mask offsets values | level threads pool | first last kind out */
 static PyObject *expand(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     int64_t a[MOST_ARGUMENTS];
@@ -101,6 +110,7 @@ static PyObject *read_all(PyObject *self, PyObject *const *arguments, Py_ssize_t
 PyMethodDef packed_methods[] = {
     {"best_level", level_of_machine, METH_NOARGS, "The best dispatch level of this machine."},
     {"packed_multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "Product with a packed matrix."},
+    {"packed_skipping_pays", (PyCFunction)(void (*)(void))pays, METH_FASTCALL, "Whether few enough weights survive."},
     {"packed_expand", (PyCFunction)(void (*)(void))expand, METH_FASTCALL, "Rows of a packed matrix as dense ones."},
     {"packed_check", (PyCFunction)(void (*)(void))check, METH_FASTCALL, "First row whose structure is wrong."},
     {"packed_mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, "Mask and counts of a dense matrix."},

@@ -8,6 +8,19 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define WANDA_X86 1
 #include <immintrin.h>
+#if __has_include(<avx512bf16intrin.h>) /* GCC before 10 and clang before 9 lack it: one path less, not no extension */
+#define WANDA_BF16 1
+#endif
+/* Loops that the compiler makes vectors of; left alone, some take half of the 512 bits. Each compiler has its own word for
+   it, and clang ignores a whole target attribute in which it does not know a word. */
+#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
+#if defined(__clang__)
+#define TARGET_WIDE __attribute__((target(AVX512), min_vector_width(512)))
+#elif __GNUC__ >= 10
+#define TARGET_WIDE __attribute__((target(AVX512 ",prefer-vector-width=512")))
+#else
+#define TARGET_WIDE __attribute__((target(AVX512)))
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -38,6 +51,8 @@ void avx2_expand(const matrix *m, int64_t row, int kind, void *out);
 int64_t avx2_count(const uint64_t *mask, int64_t words);
 void avx512_rows(const rows_job *job, int64_t first, int64_t last);
 void avx512_expand(const matrix *m, int64_t row, int kind, void *out);
+#endif
+#ifdef WANDA_BF16
 void avx512_bf16_rows(const rows_job *job, int64_t first, int64_t last);
 void avx512_bf16_expand(const matrix *m, int64_t row, int kind, void *out);
 #endif

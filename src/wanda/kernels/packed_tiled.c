@@ -6,7 +6,7 @@
    tokens nor the result are copied, and what is laid out is used by all tokens of the task. */
 #include "packed_rows.h"
 
-#ifdef WANDA_X86
+#ifdef WANDA_BF16
 #define TARGET                                                                                                  \
     __attribute__((target(                                                                                      \
         "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,popcnt")))

@@ -129,8 +129,7 @@ __attribute__((target("avx2"))) static void avx2_mark(void *s, int64_t first, in
 __attribute__((target("avx2"))) static void avx2_few(void *s, int64_t first, int64_t last) {
     mark_few_rows(s, first, last);
 }
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) static void avx512_mark(
-    void *s, int64_t first, int64_t last) {
+TARGET_WIDE static void avx512_mark(void *s, int64_t first, int64_t last) {
     mark_rows(s, first, last);
 }
 #endif
