@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,3 +136,63 @@ def test_a_score_that_says_nothing_of_rows_sees_whole_matrices(monkeypatch: pyte
     monkeypatch.setattr("wanda.composition.SCORES", SimpleNamespace(get=lambda name: Own))
     monkeypatch.setattr("wanda.composition._PANEL", 8)
     assert Composition("own").panels(Unstructured(exact("0.5")), 10, 8) == [slice(0, 10)]
+
+
+_PEAKS = """
+import ctypes, json, re, sys
+import torch
+from wanda.composition import Composition
+from wanda.statistics import Needs, Statistics
+from problems import PATTERNS
+
+OUT, WIDTH = 2048, 1024
+torch.set_num_threads(1)
+
+
+def memory(kind):
+    return 1024 * int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+
+def peak(score, update, inherit, name, out, width):
+    composition, pattern = Composition(score, update, inherit), PATTERNS[name]
+    weight = torch.randn(out, width).bfloat16()
+    statistics = Statistics(width, composition.needs, "cpu", inherit=inherit > 0)
+    if composition.needs > Needs.NOTHING:
+        x = torch.randn(width, width)
+        statistics.update(x, x + 0.1 * torch.randn(width, width) if inherit else None)
+        del x
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    rows = composition.panels(pattern, out, width)[0]
+    composition.prune(weight[rows].float(), statistics, pattern, "w")
+    factors = composition.factor_memory * 4 * width * width if composition.needs == Needs.GRAM else 0
+    size = (rows.stop - rows.start) * width
+    return (memory("VmHWM") - before - factors) / size, composition.weight_memory(pattern)
+
+
+for case in json.loads(sys.argv[1]):
+    peak(*case, 64, 128)  # what is loaded or made once
+    print(json.dumps(peak(*case, OUT, WIDTH)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+def test_what_the_plan_counts_for_a_weight_covers_the_measured_peaks() -> None:
+    cases = [
+        ("wanda", "none", 0.0, "spread"),
+        ("wanda", "none", 0.0, "variant"),
+        ("obs", "obs", 0.0, "block"),
+        ("wanda", "swap+pcg", 0.5, "row"),
+        (None, "admm-relaxed", 0.35, "row"),
+        (None, "admm-iterative+pcg", 0.0, "layer"),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # or holes in the heap of one case count in the next
+    command = [sys.executable, "-c", _PEAKS, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(cases)
+    for case, (measured, counted) in zip(cases, found, strict=True):
+        assert measured <= counted + 6, (case, measured, counted)  # 12 MB here: panels, heaps
+        assert counted <= 3 * max(measured, 6), (case, measured, counted)

@@ -15,7 +15,7 @@ from wanda.allocation import ALLOCATIONS
 from wanda.errors import ConfigurationError, RunError, near
 from wanda.kernels.columns import square_sum
 from wanda.methods import METHODS
-from wanda.patterns import NM, Pattern, exact, group_named
+from wanda.patterns import NM, Pattern, Variant, exact, group_named
 from wanda.scores import SCORES
 from wanda.statistics import Needs, Statistics
 from wanda.updates import UPDATES, Problem
@@ -83,6 +83,19 @@ class Composition:
         parts: list[Any] = [UPDATES.get(name) for name in self.update.split("+")]
         parts += [SCORES.get(self.score)] if self.score else []
         return max(getattr(part, "factor_memory", 4) if part.needs == Needs.GRAM else 0 for part in parts)
+
+    def weight_memory(self, pattern: Pattern) -> int:
+        """Bytes a weight that are alive at once while a matrix, or a panel of it, is pruned: a float32 copy of it too.
+
+        Figures as measured, rounded up; factors of Gram matrices are not in them.
+        """
+        links = [getattr(UPDATES.get(name), "weight_memory", (80, 80)) for name in self.update.split("+")]
+        most = max(by_row if pattern.by_row else whole for by_row, whole in links)
+        if isinstance(pattern, Variant):
+            most = max(most, 42)  # sorted scores, their places and sums
+        if self.score is not None and SCORES.get(self.score).needs == Needs.GRAM:
+            most = max(most, 24)
+        return 4 + most
 
     def panels(self, pattern: Pattern, out: int, width: int) -> list[slice]:
         """Slices of the rows of an [out, width] matrix whose pruning, one by one, gives what the whole matrix's gives.

@@ -620,7 +620,7 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
         # Experts that lie one by one in the files are fused when they are read, and taken apart to be written.
         groups = [group for group in skeleton.block_groups(index) if group.converter is not None]
         converted = max((sum(entries[key].nbytes for key, _ in group.sources) for group in groups), default=0)
-        working = max(working, most * 14 + grams + in_flight, converted)
+        working = max(working, most + grams + in_flight, converted)
     base = (resident_memory() or _UNTOLD) + _SLACK
     if plan.calibrated:
         base += recipe.samples * (math.prod(plan.image) * 4 if plan.image is not None else plan.seqlen * 8)
@@ -632,14 +632,15 @@ def _estimate(plan: Plan, needs: Needs) -> tuple[int, int]:
 
 
 def _at_once(plan: Plan, matrix: Matrix) -> int:
-    """Weights of a matrix that are pruned together: all of them, or a panel of rows."""
+    """Bytes of pruning a matrix: all of its weights together, or a panel of rows."""
     recipe = plan.recipe
     assert recipe.update is not None and recipe.inherit is not None
-    if recipe.allocation != "uniform":  # whose matrices' counts are spread over the rows
-        return matrix.numel
     pattern = pattern_of(recipe, exact(recipe.sparsity or 0))
-    panels = Composition(recipe.score, recipe.update, recipe.inherit).panels(pattern, matrix.out, matrix.width)
-    return (panels[0].stop - panels[0].start) * matrix.width
+    if recipe.allocation != "uniform" and not isinstance(pattern, NM):
+        pattern = dataclasses.replace(pattern, spread=True)  # as share_out gives it
+    composition = Composition(recipe.score, recipe.update, recipe.inherit)
+    rows = composition.panels(pattern, matrix.out, matrix.width)[0]
+    return (rows.stop - rows.start) * matrix.width * composition.weight_memory(pattern)
 
 
 def _hidden_size(plan: Plan) -> int:

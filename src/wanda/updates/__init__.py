@@ -66,7 +66,8 @@ class Update(Protocol):
 
     May be left out: restarts (starts at the dense weights again and takes only the mask of what is before it in a
     chain; False), factor_memory (matrices of the Gram matrix's size that are alive at once while a factor is made of
-    it; 4).
+    it; 4), weight_memory (bytes a weight that are alive at once beside the matrix, for patterns that look at every row
+    by itself and for others; 80 for both).
     """
 
     name: ClassVar[str]

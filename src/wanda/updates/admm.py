@@ -19,6 +19,7 @@ class ADMM:
     solves = True
     within_rows = False
     factor_memory = 3
+    weight_memory = (28, 28)
     restarts = True
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:

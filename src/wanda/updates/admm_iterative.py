@@ -19,6 +19,7 @@ class IterativeADMM:
     solves = True
     within_rows = False
     factor_memory = 3
+    weight_memory = (28, 80)
     rises = 15  # steps over which the sparsity rises
     relaxation = 1.0
     reduced = False

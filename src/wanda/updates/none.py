@@ -19,6 +19,7 @@ class NoUpdate:
     solves = False
     within_rows = False
     factor_memory = 0
+    weight_memory = (12, 12)
 
     def __call__(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         mask = problem.select(problem.weight, slice(None))

@@ -25,6 +25,7 @@ class IterativeSweep:
     solves = True
     within_rows = False
     factor_memory = 4
+    weight_memory = (36, 36)
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         pattern, width = problem.pattern, problem.weight.shape[1]

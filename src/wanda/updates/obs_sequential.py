@@ -19,6 +19,7 @@ class SequentialSweep:
     solves = True
     within_rows = False
     factor_memory = 4
+    weight_memory = (36, 36)
     restarts = True
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class PCG:
     solves = True
     within_rows = False
     factor_memory = 0
+    weight_memory = (28, 28)
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         gram = problem.statistics.gram

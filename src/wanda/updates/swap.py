@@ -31,6 +31,7 @@ class Swap:
     solves = True
     within_rows = True
     factor_memory = 0
+    weight_memory = (28, 28)
 
     def __call__(self, problem: Problem) -> tuple[Tensor, Tensor]:
         gram = problem.statistics.gram
