@@ -87,9 +87,9 @@ def read_masks(model: nn.Module, folder: Path) -> Masks:
     masks: dict[str, Tensor] = {}
     for matrix in pruned:
         parameter = parameters[matrix.parameter]
-        every = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-        mask = masks.setdefault(matrix.parameter, every)
-        matrix.view(mask).copy_(matrix.view(parameter.detach()) != 0)
+        if matrix.parameter not in masks:  # experts share one
+            masks[matrix.parameter] = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+        matrix.view(masks[matrix.parameter]).copy_(matrix.view(parameter.detach()) != 0)
     return Masks(masks, pruned, notes)
 
 

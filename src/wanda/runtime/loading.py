@@ -85,7 +85,7 @@ def load(
         if prefer == "memory":
             raise ConfigurationError(
                 'prefer="memory" needs the C kernels, which are not here, so that packed layers are expanded when they '
-                "are loaded; install a C compiler and reinstall wanda-prune"
+                "are loaded; reinstall wanda-prune where there is a C compiler (`pip install -v` shows what it said)"
             )
         return _all_dense(folder, computed, trust_remote_code)
     checkpoint = open_packed(folder)
