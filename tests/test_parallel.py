@@ -19,7 +19,7 @@ from torch import Tensor
 from architectures import saved
 from models import LINES, tiny_llama, tiny_tokenizer
 from ranks import Server
-from wanda.checkpoint.writer import partial_folder
+from wanda.checkpoint.folder import partial_folder
 from wanda.errors import ConfigurationError
 from wanda.parallel import Ranks
 
@@ -42,6 +42,13 @@ RUNS = {  # name: model, options, and what is run before
         f"{ROUTED} --method sparsegpt --propagate block",  # 20 kB: one Gram matrix at once
         "import wanda.plan as p; p.available_memory = lambda device: 20000 << 20; p.EXPERTS_SHARE = 1 << 20",
     ),
+    "none": ("llama", f"{LLAMA} --propagate none"),
+    "none-groups": (
+        "mixtral",
+        f"{ROUTED} --method sparsegpt --propagate none",
+        "import wanda.plan as p; p.available_memory = lambda device: 20000 << 20; p.EXPERTS_SHARE = 1 << 20",
+    ),
+    "magnitude-owl": ("llama", f"{LLAMA} --method magnitude --allocation owl"),
     "inherit": ("llama", f"{LLAMA} --method wanda --update pcg --inherit 0.5"),
 }
 FOUR = (  # on 4 too

@@ -81,6 +81,10 @@ def test_other_choices_take_the_place_of_what_went_with_the_files() -> None:
         over = Recipe(**flags).over(base, flags.keys())
         assert over.faults(text=False) == [] and over.resolved(text=False) == over.resolved(text=False).resolved(False)
     assert Recipe(update="pcg").over(wanda, {"update"}).resolved(text=False).score == "wanda"
+    own = Recipe(method="wanda", score="ria").resolved(text=False)
+    assert Recipe(update="pcg").over(own, {"update"}).resolved(text=False).score == "ria"
+    shared = Recipe(method="best", inherit=0.7).resolved(text=False)
+    assert Recipe(update="admm-iterative").over(shared, {"update"}).resolved(text=False).inherit == 0.7
     assert Recipe(update="admm").over(best, {"update", "inherit"}).inherit is None
 
 

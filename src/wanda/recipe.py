@@ -214,12 +214,12 @@ class Recipe:
         """`base` with every field of this recipe that differs from its default, or is named in `given`.
 
         Another choice takes the place of what goes with the base's: another method of its axes, a sparsity or a pattern
-        of the other and of the group, an update of the score and the inherited errors, --variant of the group,
-        --propagate none of the inherited errors.
+        of the other and of the group, an update of the score and the inherited errors that the method had filled in or
+        that mean nothing beside it, --variant of the group, --propagate none of the inherited errors.
         """
         fields = {name: getattr(self, name) for name in self.changed().union(given)}
         if "update" in fields and self.update != base.update:
-            fields = {"score": None, "inherit": None} | fields
+            fields = dict.fromkeys(self._idle(base)) | fields
         if fields.get("propagate") == "none":
             fields = {"inherit": None} | fields
         if fields.get("variant"):
@@ -231,6 +231,19 @@ class Recipe:
         elif "sparsity" in fields:
             fields = {"pattern": None} | fields
         return dataclasses.replace(base, **fields)
+
+    def _idle(self, base: Recipe) -> list[str]:
+        """The axes of `base` that its method had filled in, or that mean nothing beside this recipe's update."""
+        from wanda.methods import METHODS
+        from wanda.updates import UPDATES
+
+        method = METHODS.get(base.method) if base.method in METHODS else None
+        links = [UPDATES.get(name) for name in (self.update or "none").split("+") if name in UPDATES]
+        idle = {
+            "score": any(link.owns_mask for link in links),
+            "inherit": not any(link.solves for link in links),
+        }
+        return [axis for axis, lost in idle.items() if lost or getattr(base, axis) == getattr(method, axis, None)]
 
 
 def make_recipe(options: Mapping[str, Any], recipe: Recipe | None = None) -> Recipe:

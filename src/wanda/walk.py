@@ -1,7 +1,7 @@
 """One block, all micro-batches: gather the statistics of its matrices, have them pruned, move the hidden states on.
 
 Three ways (docs/design.md): `block` passes twice, once dense for the statistics and once pruned for the next block;
-`none` passes twice with dense weights and prunes then;
+`none` passes once with dense weights and prunes then;
 `layer` passes once: every micro-batch runs in a greenlet of its own that waits before each matrix until all
 micro-batches have brought their input, the matrix is pruned, and the product runs with the pruned weights.
 

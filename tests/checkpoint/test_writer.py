@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,7 +57,9 @@ def test_a_stopped_run_is_not_deleted_unasked(
 def test_the_place_beside_is_not_taken_from_others(commands: dict[str, Command], tmp_path: Path, command: str) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match=r"out.partial, where --out would be built, exists already; remove it"):
+    with pytest.raises(
+        ConfigurationError, match=r"out.partial, where --out would be built, exists already; move it away"
+    ):
         commands[command](out=tmp_path / "out")
     (tmp_path / "inputs").rename(tmp_path / "new.partial")
     (tmp_path / "inputs").symlink_to("new.partial")
@@ -109,6 +112,33 @@ def test_an_earlier_folder_comes_back_when_its_replacing_fails(
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RunError):
         commands[command](out=tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "earlier").read_text() == "results of a year"
+
+
+@pytest.mark.parametrize("command", ["prune", "tune", "pack", "unpack"])
+def test_what_a_killed_run_has_set_aside_is_not_lost_to_the_next_one(
+    commands: dict[str, Command], tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames leaves the earlier folder in the partial one only."""
+    aside = tmp_path / "out.partial" / ("result" if command == "tune" else "") / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "earlier").write_text("results of a year")
+    with pytest.raises(ConfigurationError, match=r"out.partial.* exists already.*--overwrite"):
+        commands[command](out=tmp_path / "out")
+    stopped = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr("wanda.recovery.tune.load_model", lambda *_: None)
+    monkeypatch.setattr("wanda.recovery.tune.read_masks", lambda *_: SimpleNamespace(parameters={}, matrices=[]))
+    for place in ("recovery.tune.replace_file", "checkpoint.packed.write_file", "block_loop.BlockLoop.run"):
+        monkeypatch.setattr(f"wanda.{place}", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        commands[command](out=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "earlier").read_text() == "results of a year"
+
+
+@pytest.mark.parametrize("command", ["prune", "tune", "merge", "pack", "unpack"])
+def test_a_file_in_the_place_beside_is_refused(commands: dict[str, Command], tmp_path: Path, command: str) -> None:
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"out.partial, where --out would be built, is a file; remove it"):
+        commands[command](out=tmp_path / "out", overwrite=True)
 
 
 def test_files_that_are_read_are_not_written_over(

@@ -231,11 +231,11 @@ def test_goes_on_in_the_middle_of_a_text(
     logits = perplexity_module._logits
     monkeypatch.setattr(perplexity_module, "_logits", lambda m, ids: passes.append(len(ids)) or logits(m, ids))
     now = Board.now
-    for stop, cell in enumerate(("dense", "magnitude 50%")):
+    for stop, (cell, window) in enumerate((("dense", 4), ("magnitude 50%", 6))):
 
-        def stopping(self: Board, number: int, state: str, stop: int = stop) -> None:
+        def stopping(self: Board, number: int, state: str, stop: int = stop, window: int = window) -> None:
             now(self, number, state)
-            if number == stop and state == "measuring: window 4/6":
+            if number == stop and state == f"measuring: window {window}/6":
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(Board, "now", stopping)
@@ -404,6 +404,17 @@ def test_folders_that_cannot_be_used(pruning: Pruning, tiny: Path, tmp_path: Pat
     assert not pruning.folders
 
 
+def test_a_folder_that_is_added_to_may_be_a_mount_and_hold_the_text(
+    pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    options = SHARED | {"calibration": text, "text": text, "methods": "wanda", "out": tmp_path}
+    wanda.compare(tiny, **options)
+    (tmp_path / "text.txt").write_text(Path(text).read_text())
+    found = wanda.compare(tiny, **options | {"calibration": str(tmp_path / "text.txt"), "sparsity": [0.5, 0.6]})
+    assert len(pruning.folders) == 2 and all(row["perplexity"] for row in found.rows)
+
+
 def test_room_is_asked_for_what_is_still_to_be_pruned(
     pruning: Pruning, tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +432,7 @@ def test_room_is_asked_for_what_is_still_to_be_pruned(
         if fits:
             wanda.compare(tiny, **options, **asked)
             continue
-        with pytest.raises(ConfigurationError, match=r"models to be pruned need .* MB there.*free some space"):
+        with pytest.raises(ConfigurationError, match=r"to be pruned: .* MB are needed, .*free some space"):
             wanda.compare(tiny, **options, **asked)
         assert not (tmp_path / "out").exists()
     monkeypatch.undo()

@@ -28,6 +28,7 @@ from wanda.checkpoint.folder import locked
 from wanda.checkpoint.packed import pack
 from wanda.errors import ConfigurationError, RunError
 from wanda.recovery import trainer as training
+from wanda.recovery import tune as tuning
 from wanda.recovery.merge import merge
 from wanda.recovery.tune import tune
 
@@ -118,6 +119,20 @@ def test_what_changed_or_broke_since_a_run_was_stopped_is_told(pruned, text, tmp
         tune(folder, resume=True, **options)
 
 
+def test_what_another_run_has_written_meanwhile_is_not_replaced(pruned, text, tmp_path, monkeypatch):
+    load = tuning.load_model
+
+    def meanwhile(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "wanda.json").write_text("{}")
+        return load(*arguments)
+
+    monkeypatch.setattr(tuning, "load_model", meanwhile)
+    with pytest.raises(ConfigurationError, match=r"another run has written .*out meanwhile"):
+        tune(pruned(), out=tmp_path / "out", full=True, calibration=text, **SHORT, **FAST)
+    assert (tmp_path / "out" / "wanda.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_full_disk_is_told_and_the_run_goes_on(pruned, text, tmp_path, monkeypatch, kind):
     if kind == "lora":
@@ -127,7 +142,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on(pruned, text, tmp_path, monkeyp
     place, folder = f"wanda.recovery.{'output' if kind == 'full' else 'tune'}.add_record", pruned()
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.serialize_file", lambda *_, **__: (_ for _ in ()).throw(SafetensorError(full)))
-        with pytest.raises(RunError, match=r"a checkpoint cannot be written .*No space .*free some space and --resume"):
+        with pytest.raises(
+            RunError, match=r"a checkpoint cannot be written .*No space .*free some space, or .*and --resume"
+        ):
             tune(folder, **options)
     with monkeypatch.context() as patch:
         patch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(full))

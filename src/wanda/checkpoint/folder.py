@@ -19,6 +19,7 @@ _RUNS = {JOURNAL: "prune", TUNE_IDENTITY: "tune"}  # the file that a stopped run
 LOCK = "lock"
 REPORT = "wanda.json"
 REPLACED = "replaced"  # an earlier DIR, inside the new one until it can go
+RESULT = "result"  # where tune puts together what becomes DIR
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
@@ -60,10 +61,13 @@ def output_faults(
                 f"{partial} holds an unfinished run of wanda {owner}; go on with it by its --resume, start anew with "
                 "--overwrite, or choose another --out"
             )
-    if not found and not overwrite and partial.exists() and (not partial.is_dir() or _others(partial)):
+    if partial.exists() and not partial.is_dir():
+        faults.append(f"{partial}, where --out would be built, is a file; remove it, or choose another --out")
+    elif not found and not overwrite and partial.exists() and _others(partial):
+        earlier = f" and holds the {out} that a killed run was to replace" if (partial / REPLACED).exists() else ""
         faults.append(
-            f"{partial}, where --out would be built, exists already; remove it, choose another --out, or pass "
-            "--overwrite, which removes it"
+            f"{partial}, where --out would be built, exists already{earlier}; move it away, choose another --out, or "
+            "pass --overwrite, which builds there anew"
         )
     return faults
 
@@ -114,16 +118,19 @@ def new_folder(out: Path, inputs: Sequence[Path], overwrite: bool) -> Iterator[P
         raise ConfigurationError(faults)
     partial = partial_folder(out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            sync_files(partial)
-            replace_folder(partial, out)
-        except BaseException:
-            if not (partial / REPLACED).exists():  # an earlier `out` that cannot be put back
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with locked(partial, out):
+            if filled(out) and not overwrite:  # since it was looked at
+                raise ConfigurationError(f"another run has written {out} meanwhile; choose another --out")
+            empty_folder(partial, out)
+            try:
+                yield partial
+                (partial / LOCK).unlink()
+                sync_files(partial)
+                replace_folder(partial, out)
+            except BaseException:
+                if not (partial / REPLACED).exists():  # an earlier `out` that cannot be put back
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}; free some space or choose another --out") from error
 
@@ -156,9 +163,14 @@ def put_back(partial: Path, out: Path) -> None:
         os.replace(partial / REPLACED, out)
 
 
-def empty_folder(partial: Path) -> None:
-    """Remove all but the lock, what says that there is a run first; raises RunError where that cannot be done."""
+def empty_folder(partial: Path, out: Path) -> None:
+    """Remove all but the lock, what says that there is a run first; raises RunError where that cannot be done.
+
+    An earlier `out` that a killed run has moved there comes back before.
+    """
     try:
+        for place in (partial, partial / RESULT):
+            put_back(place, out)
         for name in _RUNS:
             (partial / name).unlink(missing_ok=True)
         sync_folder(partial)

@@ -99,7 +99,7 @@ class Writer:
             if resume:
                 self._read_journal()
             if not self.done and not self.facts:
-                empty_folder(self.folder)
+                empty_folder(self.folder, self.out)
                 self._append({"identity": self.identity})
         except BaseException:
             self._lock.close()

@@ -48,6 +48,7 @@ _CALIBRATION = (
     "propagate",
 )  # what a recipe without calibration does not use
 _NOTES = 4  # kinds of notes on layers that a cell keeps
+_MODELS = "models"  # in OUT: the pruned models, while they are measured
 _OFTEN = 5.0  # seconds of measuring that a stop may lose
 
 
@@ -164,6 +165,8 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
     folder = None
     try:
         folder = resolve(model, setting.trust_remote_code)
+        if out.resolve() == folder.resolve():
+            faults.append(f"--out {out} is the input itself, which is never written to; choose another folder")
         if classifies_images(load_config(folder, setting.trust_remote_code)):
             raise ConfigurationError(
                 f"{model} is an image classifier, and perplexity is compared here; take wanda prune and wanda eval "
@@ -176,7 +179,8 @@ def _plans(model: str, out: Path, grids: Sequence[Grid], setting: Setting) -> li
     for name, recipe in zip(names, recipes, strict=True):
         try:
             if folder is not None:
-                plans.append((recipe, make_plan(folder, out, recipe, overwrite=True)))
+                # as the cells are pruned: OUT itself is added to, never replaced
+                plans.append((recipe, make_plan(folder, out / _MODELS / "cell", recipe, overwrite=True)))
             elif recipe.faults():
                 raise ConfigurationError(recipe.faults())
         except ConfigurationError as error:
@@ -237,8 +241,9 @@ def _room(out: Path, nbytes: int, missing: int, setting: Setting) -> None:
     need = nbytes * ((missing if setting.keep else 1) + setting.packed) if missing else 0
     free = shutil.disk_usage(nearest_folder(out)).free
     if need > free:
+        what = f"{missing} models" if setting.keep else "a model"
         raise ConfigurationError(
-            f"--out {out}: the {missing} models to be pruned need {_size(need)} there, "
+            f"--out {out}: {what} to be pruned: {_size(need)} are needed, "
             f"the disk has {_size(free)}; free some space or choose another"
         )
 
@@ -361,7 +366,7 @@ def _run(
     progress: bool,
 ) -> None:
     """Run what is missing, the results on the disk replaced after each cell; draw the plots at the end."""
-    models = result.out / "models"
+    models = result.out / _MODELS
     known = {cell.key for cell in cells}
     earlier = [row for key, row in rows.items() if key not in known]
     if earlier:

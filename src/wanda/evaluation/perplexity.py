@@ -167,7 +167,7 @@ def passes(
             f"--against has a vocabulary of {vocabulary(dense)} tokens, the model of {vocabulary(model)}; "
             "give the dense model that it was made from"
         )
-    for part in ids.split(size):
+    for part in ids.split(size) if len(ids) else ():
         with torch.no_grad():
             logits = _logits(model, part)
             reference = None if dense is None else _logits(dense, part)

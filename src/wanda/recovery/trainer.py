@@ -109,7 +109,8 @@ def train_model(
         writing = ("PytorchStreamWriter", "inline_container", "No space")  # torch says it in its own ways
         if not isinstance(error, RuntimeError) or any(part in str(error) for part in writing):
             raise RunError(
-                f"a checkpoint cannot be written to {folder} ({error}); free some space and --resume"
+                f"a checkpoint cannot be written to {folder}, or read from it ({error}); free some space, or remove "
+                "the newest one there where it is damaged, and --resume"
             ) from error
         raise
     finally:

@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 
 from wanda.calibration import local_files
 from wanda.checkpoint.folder import (
+    RESULT,
     TUNE_IDENTITY,
     empty_folder,
+    filled,
     followed,
     locked,
     output_faults,
@@ -89,7 +91,9 @@ def tune(
         with processes(settings).main_process_first():
             if main:
                 stack.enter_context(locked(partial, out))
-                _begin(partial, identity, resume)
+                if filled(out) and not overwrite:  # since it was looked at
+                    raise ConfigurationError(f"another run has written {out} meanwhile; choose another --out")
+                _begin(partial, out, identity, resume)
         tuned = add_adapter(model, masks, settings) if settings.lora else model.requires_grad_(True)
         start = time.perf_counter()
         try:
@@ -117,7 +121,7 @@ def tune(
             "notes": [*masks.notes, *notes],
             "history": outcome.history,
         }
-        result = partial / "result"
+        result = partial / RESULT
         try:
             put_back(result, out)  # of a run that was killed while it replaced it
             shutil.rmtree(result, ignore_errors=True)
@@ -137,7 +141,7 @@ def tune(
                 )
             sync_files(result)
             replace_folder(result, out)
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # OUT is whole, and a network disk keeps the open lock
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise RunError(f"{out} cannot be written ({reason}); free some space and --resume") from error
@@ -188,7 +192,7 @@ def _refuse(folder: Path, out: Path, settings: Settings, resume: bool, overwrite
         require_peft()
 
 
-def _begin(partial: Path, identity: dict[str, Any], resume: bool) -> None:
+def _begin(partial: Path, out: Path, identity: dict[str, Any], resume: bool) -> None:
     """Make the folder ready in which the result is built: what a stopped run of the same identity left, or nothing."""
     file = partial / TUNE_IDENTITY
     if resume and file.exists():
@@ -206,7 +210,7 @@ def _begin(partial: Path, identity: dict[str, Any], resume: bool) -> None:
                 "--out, or start anew with --overwrite"
             )
         return
-    empty_folder(partial)
+    empty_folder(partial, out)
     try:
         replace_file(file, json.dumps(identity, indent=1) + "\n")
     except OSError as error:
