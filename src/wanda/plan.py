@@ -302,6 +302,10 @@ def make_plan(
     if unused:
         flags = ", ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in unused)
         notes.append(f"not used, since {recipe.method} needs no calibration: {flags}")
+    experts = sorted(asked.changed() & {"experts", "expert_tokens"})
+    if calibrated and experts and not any(m.expert is not None for block in matrices for m in block):
+        flags = ", ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in experts)
+        notes.append(f"not used, since no experts are pruned: {flags}")
     plan = Plan(
         str(model),
         checkpoint,

@@ -77,7 +77,7 @@ def faults(source: str) -> list[str]:
     if not file.exists():
         if file.parent != Path() or file.suffix or ":" in source:
             return [f"text file {file} does not exist{_similar(file)}; check the path"]
-        return [f"unknown text {source!r}: {near(source, NAMED)} Or give the path of a file"]
+        return [f"unknown text {source!r}: {near(source, NAMED)} (or give the path of a file)"]
     if file.is_dir():
         return [f"{file} is a directory; give a text, .jsonl or .parquet file inside it"]
     try:

@@ -189,12 +189,14 @@ def locked(partial: Path, out: Path) -> TextIO:
     The run that had it may rename or remove it while this one waits to look at it. Raises ConfigurationError when
     another run has it, RunError when it cannot be made.
     """
+    gone: FileNotFoundError | None = None
     for _ in range(100):
         try:
             partial.mkdir(parents=True, exist_ok=True)
             sync_folder(partial.parent)
             lock = open(partial / LOCK, "a", encoding="ascii")  # noqa: SIM115
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            gone = error
             continue
         except OSError as error:
             raise RunError(f"{partial} cannot be made: {error.strerror}; choose another --out") from error
@@ -204,6 +206,7 @@ def locked(partial: Path, out: Path) -> TextIO:
                 return lock
         except BlockingIOError:
             lock.close()
+            gone = None
             break
         except FileNotFoundError:
             pass
@@ -213,6 +216,8 @@ def locked(partial: Path, out: Path) -> TextIO:
                 f"{partial} cannot be locked: {error.strerror}; choose an --out on a disk that has locks"
             ) from error
         lock.close()
+    if gone is not None:
+        raise RunError(f"{partial} cannot be made: {gone.strerror}; choose another --out") from gone
     raise ConfigurationError(f"another run is writing {out}; wait for it or choose another --out")
 
 

@@ -39,7 +39,7 @@ class Options:
     """What both compute in: the packed model's type, or float32, which auto takes on a CPU without bfloat16."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the models."""
-    json: bool = False
+    json: Annotated[bool, Parameter(negative="")] = False
     """End with one JSON object on standard output instead of a table."""
 
 
@@ -164,4 +164,4 @@ def show(result: dict[str, Any]) -> None:
         digits = 2 if unit == "s" else 1
         cells = [f"{n / scale:.{digits}f} {unit}" for n in (dense, packed)]
         table.add_row(label, *cells, f"{packed / dense:.3f} of dense")
-    Console().print(table)
+    Console(markup=False).print(table)

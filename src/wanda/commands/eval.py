@@ -58,7 +58,7 @@ class Options:
     """Perplexity with one block in memory at a time, for models larger than memory."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a model."""
-    json: bool = False
+    json: Annotated[bool, Parameter(negative="")] = False
     """End with one JSON object on standard output instead of tables."""
 
 
@@ -370,7 +370,7 @@ def _show(results: Sequence[Result], options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)
     measured = [(result.model, result.perplexity) for result in results if result.perplexity is not None]
     if measured:
         first = measured[0][1]

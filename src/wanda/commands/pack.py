@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -17,9 +18,9 @@ class Options:
 
     compress: bool = False
     """For shipping: zstd on exponents and masks (the extra `compress`). Loading then decompresses into memory."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Parameter(negative="")] = False
     """Replace an --out that is not empty."""
-    json: bool = False
+    json: Annotated[bool, Parameter(negative="")] = False
     """End with one JSON object on standard output instead of sentences."""
 
 

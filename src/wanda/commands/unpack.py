@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 _EVERY = 50  # tensors between two log lines
 
@@ -37,7 +40,7 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
         yield log
 
 
-def unpack_command(packed: Path, *, out: Path, overwrite: bool = False) -> None:
+def unpack_command(packed: Path, *, out: Path, overwrite: Annotated[bool, Parameter(negative="")] = False) -> None:
     """Write a packed checkpoint as an ordinary one that every program reads.
 
     Parameters

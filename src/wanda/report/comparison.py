@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 RESULTS = "results.json"
@@ -98,7 +97,7 @@ class Board:
         self.results: list[tuple[str, str, str]] = [("", "", "")] * len(names)
         self.current = 0
         self.started = time.perf_counter()
-        self.console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, markup=False)
         self.live: Live | None = None
 
     def __enter__(self) -> Board:
@@ -147,7 +146,7 @@ class Board:
             perplexity, seconds, memory = self.results[number]
             if number == self.current and not seconds and not self.states[number].startswith(("done", "failed")):
                 seconds = f"{time.perf_counter() - self.started:.0f}"
-            table.add_row(escape(self.names[number]), escape(self.states[number]), perplexity, seconds, memory)
+            table.add_row(self.names[number], self.states[number], perplexity, seconds, memory)
         return table
 
 
@@ -159,7 +158,7 @@ def write_tables(comparison: Comparison) -> None:
 
 def print_comparison(comparison: Comparison) -> None:
     """The tables of results.md, for a terminal."""
-    console = Console()
+    console = Console(markup=False)
     console.print(_headline(comparison), highlight=False)
     header, rows = _cells(comparison)
     _print_table(console, header, rows)
@@ -185,7 +184,7 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
             min_width=longest if first else 1,
         )
     for row in rows:
-        table.add_row(*(escape(value) for value in row))
+        table.add_row(*row)
     console.print(table)
 
 

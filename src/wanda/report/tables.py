@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from wanda.plan import Plan
 
 
+_NAME = 20  # the narrowest that a column of names gets; they fold
+
+
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB"):
@@ -40,11 +43,14 @@ def kind(name: str) -> str:
 
 def print_plan(plan: Plan) -> None:
     """The plan of a dry run: a row per kind of matrix, then time, memory and disk."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=f"plan: {plan.model} -> {plan.out}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("matrix", overflow="fold", min_width=32)
+    table.add_column("matrix", overflow="fold", min_width=_NAME)
     for column in ("count", "shape", "pattern", "sparsity"):
-        table.add_column(column, justify="left" if column == "pattern" else "right", no_wrap=column == "shape")
+        if column == "pattern":
+            table.add_column(column, max_width=18)
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     rows: dict[tuple[str, str, str, str], int] = {}
     for block in plan.matrices:
         for m in block:
@@ -65,7 +71,7 @@ def print_plan(plan: Plan) -> None:
 
 def print_start(plan: Plan) -> None:
     """The plan in a few lines on standard error, before a run that memory has a say in."""
-    console = Console(file=sys.stderr)
+    console = Console(file=sys.stderr, markup=False)
     _print_totals(console, plan)
     _print_notes(console, plan.notes, {})
 
@@ -79,7 +85,7 @@ def _print_totals(console: Console, plan: Plan) -> None:
     if plan.calibrated:
         each = f"{plan.seqlen} tokens" if plan.image is None else f"({' x '.join(map(str, plan.image))}) images"
         console.print(
-            f"calibration {recipe.calibration}: {recipe.samples} x {each}, {plan.batch} at a time,"
+            f"calibration {recipe.calibration}: {recipe.samples} x {each}, {min(plan.batch, recipe.samples)} at a time,"
             f" propagate {recipe.propagate}"
         )
     device = f", {size(plan.device_memory)} on {plan.skeleton.device}" if plan.device_memory else ""
@@ -91,7 +97,7 @@ def _print_totals(console: Console, plan: Plan) -> None:
 
 def print_report(report: Report) -> None:
     """The summary of a finished run."""
-    console = Console()
+    console = Console(markup=False)
     errors = [row["relative_error"] for row in report.layers if row["relative_error"] is not None]
     console.print(f"{report.out}: {report.sparsity:.2%} of {report.weights:,} weights removed", highlight=False)
     parts = [duration(report.seconds), f"peak memory {size(report.peak_memory_bytes)}"]
@@ -103,11 +109,11 @@ def print_report(report: Report) -> None:
 
 def print_inspection(inspection: Inspection) -> None:
     """A row per matrix (per kind and equal figures), then sizes."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=inspection.model, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("matrix", overflow="fold", min_width=32)
-    for column in ("shape", "sparsity", "obeys", "dead rows, columns"):
-        table.add_column(column, justify="right", no_wrap=column == "shape")
+    table.add_column("matrix", overflow="fold", min_width=_NAME)
+    for column in ("shape", "sparsity", "obeys", "dead rows,\ncolumns"):
+        table.add_column(column, justify="right", no_wrap=column != "obeys")
     for m in inspection.matrices:
         dead = f"{m.dead_rows}, {m.dead_columns}"
         table.add_row(m.name, f"{m.shape[0]} x {m.shape[1]}", f"{m.sparsity:.4f}", " ".join(m.patterns) or "-", dead)

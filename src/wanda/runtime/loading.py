@@ -94,7 +94,7 @@ def load(
         _say(
             f"{len(dense)} of {len(checkpoint.matrices)} packed matrices are loaded dense, because torch is predicted "
             f"to decode faster with them than the packed kernels of this machine ({LEVELS[level()]}); "
-            "prefer memory to speed to keep them packed"
+            "prefer memory to speed (--prefer memory) to keep them packed"
         )
     kept = kept_as_stored(checkpoint.tensors, checkpoint.matrices, computed, prefer == "speed")
     model = _from_checkpoint(checkpoint, dense, kept, computed, trust_remote_code)
