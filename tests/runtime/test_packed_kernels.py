@@ -22,7 +22,7 @@ from torch import Tensor
 from wanda.errors import RunError
 from wanda.kernels import native as natives
 from wanda.kernels import packed as kernels
-from wanda.kernels.packed import PackedMatrix, dense_multiply
+from wanda.kernels.packed import COLUMNS, PackedMatrix, dense_multiply
 
 KERNELS = Path(kernels.__file__).parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -147,11 +147,11 @@ def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytes
             results.append([packed.multiply(x) for x in xs])
     finally:
         torch.set_num_threads(before)
-    for found, x in zip(results[0], xs, strict=True):
-        assert_product(found, packed.dense(), x, None)
-    for other in results[1:]:
-        if path != "torch":  # torch's own product may split its sums by thread
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    own = [path != "torch" and (len(x) <= COLUMNS or path in ("avx2", "avx512_bf16")) for x in xs]
+    for other in results:
+        for ours, found, first, x in zip(own, other, results[0], xs, strict=True):
+            assert_product(found, packed.dense(), x, None)
+            assert not ours or torch.equal(found, first)  # torch's own products may split their sums by thread
 
 
 def test_structure_that_lies_is_found(path: str) -> None:
