@@ -80,7 +80,7 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
         expand_rows(&m, 0, rows, KIND_F32, floats, level, 2, 0);
         for (int64_t i = 0; i < rows * width; i++) wrong |= get(KIND_F32, floats, i) != get(kind, dense, i);
         product p = {m, inputs, x, width, columns, out, rows, columns % 2 ? bias : NULL};
-        const int tiles = level == LEVEL_AVX512_BF16 && kind == KIND_BF16 && inputs == KIND_BF16;
+        const int tiles = level >= LEVEL_AVX512_BF16 && kind == KIND_BF16 && inputs == KIND_BF16;
         if (columns <= MOST_COLUMNS) {
             matrix_product(&p, level, 2, 0);
             wrong |= compare(&p, dense, "rows", level);
@@ -90,8 +90,9 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
             wrong |= compare(&p, dense, "spmm", level);
         }
         if (tiles) {
-            matrix_product_tiled(&p, 2, 0);
-            wrong |= compare(&p, dense, "tiles", level);
+            const int amx = level >= LEVEL_AMX;
+            (amx ? matrix_product_amx : matrix_product_tiled)(&p, 2, 0);
+            wrong |= compare(&p, dense, amx ? "AMX" : "tiles", level);
             p.m.mask = NULL;
             p.m.offsets = NULL;
             p.m.values = dense;
@@ -99,8 +100,8 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
                 matrix_product(&p, level, 2, 0);
                 wrong |= compare(&p, dense, "dense rows", level);
             }
-            matrix_product_tiled(&p, 2, 0);
-            wrong |= compare(&p, dense, "dense tiles", level);
+            (amx ? matrix_product_amx : matrix_product_tiled)(&p, 2, 0);
+            wrong |= compare(&p, dense, amx ? "dense AMX" : "dense tiles", level);
         }
     }
     free(dense), free(again), free(x), free(out), free(bias), free(mask), free(counts), free(offsets), free(values);
@@ -162,12 +163,12 @@ static int selections(int64_t rows, int64_t n, int levels) {
 }
 
 int main(void) {
-    const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49}, columns[] = {1, 5, 16, 17, 70};
+    const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49, 150}, columns[] = {1, 5, 16, 17, 70};
     const int percents[] = {0, 3, 50, 100};
     int wrong = token_products(7, 13, 70) | token_products(1, 1, 1) | token_products(130, 97, 97);
     for (int kind = 0; kind < KINDS; kind++)
         for (int w = 0; w < 4; w++)
-            for (int h = 0; h < 2; h++)
+            for (int h = 0; h < 3; h++)
                 for (int c = 0; c < 5; c++)
                     for (int s = 0; s < 4; s++)
                         for (int own = kind == KIND_F32; own < 2; own++)

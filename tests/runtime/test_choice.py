@@ -56,7 +56,7 @@ def predicted(row: dict[str, object]) -> bool:
 
 def test_what_stays_packed_was_measured_to_gain() -> None:
     chosen = [row for row in MEASURED if row["tokens"] == 1 and predicted(row)]
-    assert len(chosen) > 20 and {row["path"] for row in chosen} == {"avx2", "avx512", "avx512_bf16"}
+    assert len(chosen) > 20 and {row["path"] for row in chosen} == {"avx2", "avx512", "avx512_bf16", "amx"}
     assert not [row for row in chosen if row["ratio"][0] < NOISE]
     assert sum(row["ratio"][0] for row in chosen) / len(chosen) > 1.5
 

@@ -15,7 +15,7 @@ import torch
 from wanda.errors import ConfigurationError, near
 
 VARIABLE = "WANDA_KERNELS"  # environment variable that forces a path, for tests and comparisons
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # in the order of packed.h
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of level.h
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def level() -> int:
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 itself (VDPBF16PS), and may."""
-    return native() is not None and level() == LEVELS.index("avx512_bf16")
+    return native() is not None and level() >= LEVELS.index("avx512_bf16")
 
 
 @functools.cache

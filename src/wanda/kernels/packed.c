@@ -5,35 +5,6 @@
 
 static const int SIZES[] = {1, 2, 3, 4, 6, 8, 12, 16}; /* numbers of columns the kernels are compiled for */
 
-#ifdef WANDA_X86
-#include <cpuid.h>
-
-/* __builtin_cpu_supports does not compile with this name before GCC 11 and clang 18; that the system saves the registers
-   follows from AVX2, which it is asked with. */
-static int has_f16c(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
-}
-#endif
-
-int best_level(void) {
-#ifdef WANDA_X86
-    __builtin_cpu_init();
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
-                     __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi") &&
-                     __builtin_cpu_supports("bmi2");
-    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#ifdef WANDA_BF16
-    if (avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
-        return LEVEL_AVX512_BF16;
-#endif
-    if (avx512) return LEVEL_AVX512;
-    if (avx2) return LEVEL_AVX2;
-#endif
-    return LEVEL_PORTABLE;
-}
-
 static int64_t rows_per_chunk(int64_t rows, int64_t bytes_per_row, int threads) {
     const int64_t enough = (64 << 10) / (bytes_per_row + 1) + 1; /* less is not worth a thread's attention */
     const int64_t share = rows / (8 * (int64_t)threads) + 1;
@@ -74,9 +45,9 @@ int skipping_pays(const matrix *m) { return 10 * (int64_t)m->offsets[m->rows] <=
 
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool) {
     const matrix *m = &p->m;
-    const int in_bf16 = level == LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->kind == KIND_BF16;
-    if (in_bf16 && p->columns > FEW_COLUMNS)
-        return matrix_product_tiled(p, threads, pool);
+    const int in_bf16 = level >= LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->kind == KIND_BF16;
+    if (in_bf16 && level >= LEVEL_AMX && p->columns > AMX_COLUMNS) return matrix_product_amx(p, threads, pool);
+    if (in_bf16 && p->columns > FEW_COLUMNS) return matrix_product_tiled(p, threads, pool);
     if (level == LEVEL_AVX2 && (p->columns > MOST_COLUMNS || (p->columns > SOME_COLUMNS && skipping_pays(m))))
         return matrix_product_spmm(p, threads, pool);
     rows_work work = {.job = {.p = p, .words = (m->width + 63) / 64, .stored = (int)p->columns}};
@@ -142,7 +113,7 @@ void expand_rows(const matrix *m, int64_t first, int64_t last, int kind, void *o
     else if (level == LEVEL_AVX2)
         work.kernel = avx2_expand;
 #ifdef WANDA_BF16
-    if (level == LEVEL_AVX512_BF16 && kind != KIND_F32) work.kernel = avx512_bf16_expand;
+    if (level >= LEVEL_AVX512_BF16 && kind != KIND_F32) work.kernel = avx512_bf16_expand;
 #endif
 #else
     (void)level;

@@ -4,13 +4,14 @@
 
 #include <stdint.h>
 
+#include "level.h"
 #include "parallel.h"
 
-enum { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVELS };
 enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
-       FEW_COLUMNS = 8,   /* from there on the tiled product is faster, where there is one, */
-       SOME_COLUMNS = 12, /* and from there on the one that skips zeros, where that pays */
+       AMX_COLUMNS = 3,   /* above that many the product with tiles is faster, where there is one, */
+       FEW_COLUMNS = 8,   /* above these the tiled product of vectors, */
+       SOME_COLUMNS = 12, /* and above these the one that skips zeros, where that pays */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 
 /* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
@@ -33,8 +34,6 @@ typedef struct {
     int64_t out_stride;
     const void *bias; /* [rows] or NULL */
 } product;
-
-int best_level(void); /* of this processor and operating system */
 
 /* Whether at most 70% of the weights survive: up to there the product that skips the others is faster than a dense one of
    the same instructions (docs/runtime.md). */
@@ -60,8 +59,11 @@ void mark_survivors(int kind, int64_t rows, int64_t width, const void *dense, ui
 void gather_survivors(const matrix *m, const void *dense, void *values, int threads, gomp_parallel pool);
 
 /* out [columns, rows] for any number of columns, x and out bfloat16: tiles are expanded into cache and multiplied
-   there. Only at LEVEL_AVX512_BF16 with KIND_BF16. 0, or -1 where it is not compiled. */
+   there. Only from LEVEL_AVX512_BF16 on with KIND_BF16. 0, or -1 where it is not compiled. */
 int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
+
+/* The same with AMX. Only at LEVEL_AMX with KIND_BF16. 0, or -1 when memory is short or it is not compiled. */
+int matrix_product_amx(const product *p, int threads, gomp_parallel pool);
 
 /* out [columns, rows] for any number of columns and any kind: removed weights are skipped, survivors multiplied in
    float32. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not compiled. */

@@ -235,7 +235,7 @@ class PackedMatrix:
 
 def tiled(dtype: torch.dtype) -> bool:
     """Whether there is the tiled product of bfloat16: any number of columns, and dense matrices."""
-    return dtype == torch.bfloat16 and native() is not None and LEVELS[level()] == "avx512_bf16"
+    return dtype == torch.bfloat16 and native() is not None and level() >= LEVELS.index("avx512_bf16")
 
 
 def _check_bias(bias: Tensor | None, dtype: torch.dtype, out: int) -> None:

@@ -5,26 +5,6 @@
 #include "numbers.h"
 #include "packed.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define WANDA_X86 1
-#include <immintrin.h>
-#if __has_include(<avx512bf16intrin.h>) /* GCC before 10 and clang before 9 lack it: one path less, not no extension */
-#define WANDA_BF16 1
-#endif
-/* Loops that the compiler makes vectors of; left alone, some take half of the 512 bits. Each compiler has its own word for
-   it, and clang ignores a whole target attribute in which it does not know a word. */
-#define AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
-#if defined(__clang__)
-#define TARGET_WIDE __attribute__((target(AVX512), min_vector_width(512)))
-#elif __GNUC__ >= 10
-#define TARGET_WIDE __attribute__((target(AVX512 ",prefer-vector-width=512")))
-#else
-#define TARGET_WIDE __attribute__((target(AVX512)))
-#endif
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
 /* A product of at most MOST_COLUMNS columns whose x lies as the kernels want it: in pieces of `lane` elements, all
    columns of a piece side by side ([words * 64 / lane, columns, lane]), zero beyond the width; in each piece the
    elements at even places before those at odd ones where the kernel is `split`. */

@@ -2,7 +2,7 @@
 
 A packed product reads fewer bytes but places every value where it belongs, which costs time for each weight. So packing
 gains where the bytes come from memory and the kernel is fast, and loses where a matrix lies in the cache or torch's own
-product computes faster than our kernel expands. The numbers are of two machines (docs/runtime.md), taken so that
+product computes faster than our kernel expands. The numbers are of three machines (docs/runtime.md), taken so that
 packing did not lose against torch as it is, nor against torch held to the instructions of the path. They are fixed, so
 that two runs give the same text.
 """
@@ -41,6 +41,11 @@ GAINS: dict[tuple[str, torch.dtype, torch.dtype], tuple[Gain, ...]] = {
     ("avx512_bf16", torch.float32, torch.float32): (Gain(HALF),),
     ("avx512_bf16", torch.bfloat16, torch.float32): (Gain(HALF),),
     ("avx512_bf16", torch.float16, torch.float32): (Gain(HALF),),
+    ("amx", torch.bfloat16, torch.bfloat16): (Gain(1.0, cached=True),),
+    ("amx", torch.float32, torch.float32): (Gain(HALF),),
+    ("amx", torch.bfloat16, torch.float32): (Gain(HALF),),
+    ("amx", torch.float16, torch.float32): (Gain(HALF),),
+    ("amx", torch.float16, torch.float16): (Gain(HALF),),  # torch's product takes longer there than elsewhere
     ("avx512", torch.float32, torch.float32): (Gain(HALF),),
     ("avx512", torch.bfloat16, torch.float32): (Gain(HALF),),
     ("avx512", torch.float16, torch.float32): (Gain(HALF),),
@@ -49,7 +54,7 @@ GAINS: dict[tuple[str, torch.dtype, torch.dtype], tuple[Gain, ...]] = {
     ("avx2", torch.bfloat16, torch.float32): (Gain(HALF),),
     ("avx2", torch.float16, torch.float32): (Gain(HALF),),
     ("avx2", torch.bfloat16, torch.bfloat16): (Gain(HALF),),
-}  # path, stored type, type computed in; not portable, and not in float16, which is converted both ways
+}  # path, stored type, type computed in; not portable, and seldom in float16, which is converted both ways
 
 
 def gains(path: str, stored: torch.dtype, computed: torch.dtype, nbytes: int, density: float, together: int) -> bool:
