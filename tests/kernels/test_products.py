@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanda.kernels import products
-from wanda.kernels.native import multiplies_bfloat16
+from wanda.kernels.native import LEVELS, level, native
 from wanda.kernels.products import add_product
 
-needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="the kernel needs AVX-512 BF16")
-WAYS = ["torch", pytest.param("compiled", marks=needs_bfloat16)]
+
+def needs(path: str) -> pytest.MarkDecorator:
+    there = native() is not None and level() >= LEVELS.index(path)
+    return pytest.mark.skipif(not there, reason=f"the kernel needs {path}")
 
 
-@pytest.mark.parametrize("way", WAYS)
+NATIVE = [pytest.param(path, marks=needs(path)) for path in ("avx512_bf16", "amx")]
+
+
+@pytest.mark.parametrize("way", ["torch", *NATIVE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @settings(max_examples=40)
 @given(
@@ -39,6 +44,8 @@ def test_products_agree_with_float64(
     with pytest.MonkeyPatch.context() as patch:
         if way == "torch":
             patch.setattr(products, "multiplies_bfloat16", lambda: False)
+        else:
+            patch.setattr(products, "level", lambda: LEVELS.index(way))
         torch.set_num_threads(threads)
         try:
             add_product(out[:, : b.shape[1]], a, b, upper)
@@ -51,8 +58,9 @@ def test_products_agree_with_float64(
     assert torch.equal(out[:, b.shape[1] :], before[:, b.shape[1] :])  # nothing beside the matrix is touched
 
 
-@needs_bfloat16
-def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", NATIVE)
+def test_the_number_of_threads_changes_no_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "level", lambda: LEVELS.index(way))
     x = torch.randn(700, 333, generator=torch.Generator().manual_seed(0)).bfloat16()
     sums = []
     for threads in (1, 2, 3):

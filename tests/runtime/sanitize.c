@@ -109,15 +109,14 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
     return wrong;
 }
 
-static int token_products(int64_t tokens, int64_t rows, int64_t columns) {
-    if (best_level() < LEVEL_AVX512_BF16) return 0;
+static int token_products(int64_t tokens, int64_t rows, int64_t columns, int level) {
     uint16_t *a = malloc((size_t)(tokens * rows) * 2), *b = malloc((size_t)(tokens * columns) * 2);
     float *out = malloc((size_t)(rows * columns) * 4);
     for (int64_t i = 0; i < tokens * rows; i++) a[i] = to_bf16(uniform());
     for (int64_t i = 0; i < tokens * columns; i++) b[i] = to_bf16(uniform());
     for (int64_t i = 0; i < rows * columns; i++) out[i] = 1;
     token_product p = {tokens, rows, columns, a, rows, b, columns, out, columns, 0};
-    int wrong = add_token_product(&p, 2, 0);
+    int wrong = add_token_product(&p, level, 2, 0);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++) {
             double sum = 1;
@@ -129,7 +128,7 @@ static int token_products(int64_t tokens, int64_t rows, int64_t columns) {
         }
     if (rows == columns) {
         p.upper = 1;
-        wrong |= add_token_product(&p, 2, 0);
+        wrong |= add_token_product(&p, level, 2, 0);
     }
     free(a), free(b), free(out);
     return wrong;
@@ -165,7 +164,10 @@ static int selections(int64_t rows, int64_t n, int levels) {
 int main(void) {
     const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49, 150}, columns[] = {1, 5, 16, 17, 70};
     const int percents[] = {0, 3, 50, 100};
-    int wrong = token_products(7, 13, 70) | token_products(1, 1, 1) | token_products(130, 97, 97);
+    int wrong = 0;
+    for (int level = LEVEL_AVX512_BF16; level <= best_level(); level++)
+        wrong |= token_products(7, 13, 70, level) | token_products(1, 1, 1, level) | token_products(130, 97, 97, level) |
+                 token_products(1100, 64, 200, level);
     for (int kind = 0; kind < KINDS; kind++)
         for (int w = 0; w < 4; w++)
             for (int h = 0; h < 3; h++)

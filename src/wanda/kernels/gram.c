@@ -89,7 +89,8 @@ static void multiply(void *context, int64_t first, int64_t last) {
     }
 }
 
-int add_token_product(const token_product *p, int threads, gomp_parallel pool) {
+int add_token_product(const token_product *p, int level, int threads, gomp_parallel pool) {
+    if (level >= LEVEL_AMX) return add_token_product_amx(p, threads, pool);
     gram_job job = {.p = p,
                     .pairs = (p->tokens + 1) / 2,
                     .strips = (p->rows + STRIP - 1) / STRIP,
@@ -107,8 +108,8 @@ int add_token_product(const token_product *p, int threads, gomp_parallel pool) {
     return failed;
 }
 #else
-int add_token_product(const token_product *p, int threads, gomp_parallel pool) {
-    (void)p, (void)threads, (void)pool;
+int add_token_product(const token_product *p, int level, int threads, gomp_parallel pool) {
+    (void)p, (void)level, (void)threads, (void)pool;
     return -1;
 }
 #endif

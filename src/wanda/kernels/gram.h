@@ -8,7 +8,7 @@
 
 /* out[i, j] += sum over tokens t of a[t, i] b[t, j]; a [tokens, rows], b [tokens, columns] bfloat16, out float32;
    strides in elements. upper: at least the entries with i <= j are added to, others may be. The sums do not depend on
-   the number of threads. Only at LEVEL_AVX512_BF16. 0, or -1 when memory is short. */
+   the number of threads. 0, or -1 when memory is short. */
 typedef struct {
     int64_t tokens, rows, columns;
     const uint16_t *a;
@@ -20,6 +20,10 @@ typedef struct {
     int upper;
 } token_product;
 
-int add_token_product(const token_product *p, int threads, gomp_parallel pool);
+/* Only from LEVEL_AVX512_BF16 on. */
+int add_token_product(const token_product *p, int level, int threads, gomp_parallel pool);
+
+/* Only at LEVEL_AMX. */
+int add_token_product_amx(const token_product *p, int threads, gomp_parallel pool);
 
 #endif

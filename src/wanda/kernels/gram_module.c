@@ -2,11 +2,11 @@
 #include "arguments.h"
 #include "gram.h"
 
-/* tokens rows columns | a stride b stride out stride | upper threads pool */
+/* tokens rows columns | a stride b stride out stride | upper level threads pool */
 static PyObject *add_product(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     int64_t a[MOST_ARGUMENTS];
     (void)self;
-    if (!integers(arguments, given, 12, a)) return NULL;
+    if (!integers(arguments, given, 13, a)) return NULL;
     const token_product p = {.tokens = a[0],
                              .rows = a[1],
                              .columns = a[2],
@@ -19,7 +19,7 @@ static PyObject *add_product(PyObject *self, PyObject *const *arguments, Py_ssiz
                              .upper = (int)a[9]};
     int failed;
     Py_BEGIN_ALLOW_THREADS;
-    failed = add_token_product(&p, (int)a[10], POOL(a[11]));
+    failed = add_token_product(&p, (int)a[10], (int)a[11], POOL(a[12]));
     Py_END_ALLOW_THREADS;
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;

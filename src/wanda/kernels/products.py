@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wanda.kernels.native import multiplies_bfloat16, native, pool
+from wanda.kernels.native import level, multiplies_bfloat16, native, pool
 
 TOKENS = 1024  # laid out and multiplied at a time, so that the copies stay in the cache
 PANEL = 128  # rows of a panel of the upper triangle, where torch multiplies
@@ -16,7 +16,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, upper: bool = False) -> None:
 
     upper: only the entries on and above the diagonal are wanted (m = n); those below hold anything afterwards. Half
         the work (BLAS calls it syrk, which torch does not offer).
-    bfloat16 on a processor with VDPBF16PS is multiplied as it is, products exact and sums in float32, in an order that
+    bfloat16 on a processor with VDPBF16PS or AMX is multiplied as it is, products exact and sums in float32, in an order that
     does not depend on the number of threads; everything else as float32 by torch.
     """
     native_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.device.type == "cpu" and multiplies_bfloat16()
@@ -40,4 +40,4 @@ def _add_native(out: Tensor, a: Tensor, b: Tensor, upper: bool) -> None:
     assert module is not None and out.dtype == torch.float32 and out.stride(1) == 1
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     places = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0))
-    module.add_token_product(len(a), *out.shape, *places, upper, torch.get_num_threads(), pool())
+    module.add_token_product(len(a), *out.shape, *places, upper, level(), torch.get_num_threads(), pool())
