@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from wanda.memory import peak_memory
 
@@ -27,11 +28,12 @@ class Progress:
         if self.shown and self.console.is_terminal:
             self.bar = Bar(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
                 console=self.console,
+                expand=True,
             )
             self.bar.start()
             self.task = self.bar.add_task(self.doing, total=self.blocks, detail="")
@@ -59,7 +61,7 @@ class Progress:
         errors = [row for row in rows or () if row["relative_error"] is not None]
         if errors:
             mean = sum(row["relative_error"] for row in errors) / len(errors)
-            parts.append(f"error {mean:.3f} ({errors[0]['error']})")
+            parts.append(f"error {mean:.3f}" if errors[0]["error"] == "exact" else f"error about {mean:.3f}")
         parts.append(f"peak {peak_memory() / 1e9:.2f} GB")
         if self.bar is not None:
             self.bar.update(self.task, completed=index + 1, detail=", ".join(parts))
