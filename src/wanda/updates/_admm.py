@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wanda.factors import admm_inverse
 from wanda.kernels.native import multiplies_bfloat16
+from wanda.kernels.selection import clear_lost
 from wanda.patterns import Pattern
 from wanda.updates import Problem
 
@@ -44,20 +45,18 @@ def admm(
         fixed = scaled if beyond is None else torch.addmm(scaled, beyond[rows] / norm, inverse)  # V without Z and U
         fixed = fixed * relaxation
         total = scaled.clone()  # V + U, with U = 0
-        away = torch.empty_like(total)
-        keep = mirror = rest = torch.empty(0)
+        kept = mask[rows]
+        masked, away = torch.empty_like(total), torch.empty_like(total)  # Z; U - Z + W^
         for step in range(STEPS):
             chosen = choose(step, total, rows)
             if chosen is not None:
-                mask[rows] = chosen
-                keep = chosen.to(total.dtype)
-                mirror = 2 * keep - 1
-                rest = 1 - relaxation * keep
-            # Z = total * M, U = total - Z, V = fixed + (Z - U - W^) inv; then r V + (1 - r) Z + U
-            torch.mul(total, mirror, out=away).sub_(scaled)
+                mask[rows] = kept = chosen
+            clear_lost(masked.copy_(total), kept)
+            torch.add(total, masked, alpha=-2, out=away).add_(scaled)
             product = away.to(factor.dtype) @ factor
-            total.mul_(rest).add_(fixed).add_(product, alpha=relaxation)
-        torch.mul(total.mul_(keep), 1 / norm, out=solution[rows])
+            # V = fixed - (U - Z + W^) inv; then r V + (1 - r) Z + U, where U = total - Z
+            total.add_(masked, alpha=-relaxation).add_(fixed).add_(product, alpha=-relaxation)
+        torch.mul(clear_lost(total, kept), 1 / norm, out=solution[rows])
     return solution, mask
 
 
