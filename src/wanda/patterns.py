@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from wanda.errors import ConfigurationError
-from wanda.kernels.selection import FEW, lowest, lowest_of_few
+from wanda.kernels.selection import FEW, clear_lost, lowest, lowest_of_few
+
+_INFINITY = 0x7F800000  # the bits of a float32
 
 
 def exact(sparsity: float | str | Fraction) -> Fraction:
@@ -105,6 +107,12 @@ class Unstructured:
         return sum(int(out * min(size, width - start) * s) for start in range(0, width, size))
 
 
+def _infinite_beside(scores: Tensor, marked: Tensor) -> Tensor:
+    """torch.where(marked, scores, inf) for float32, in a fifth of its time on a CPU: the infinities are made of bits."""
+    infinities = marked.view(torch.uint8).to(torch.int32).sub_(1).bitwise_and_(_INFINITY).view(torch.float32)
+    return clear_lost(scores.clone(), marked).add_(infinities)
+
+
 @dataclass(frozen=True)
 class NM:
     """n survive of every m consecutive inputs of a row.
@@ -144,8 +152,7 @@ class NM:
         groups = scores.reshape(-1, self.m)
         marked = (lowest_of_few if self.m <= FEW else lowest)(groups, self.m - self.n).reshape(out, k)
         if self.partial is not None:
-            open_scores = torch.where(marked, scores, torch.inf)
-            marked = lowest(open_scores, int(k * self.partial))
+            marked = lowest(_infinite_beside(scores, marked), int(k * self.partial))
         return ~marked
 
     def removed(self, out: int, width: int) -> int:
