@@ -16,8 +16,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, upper: bool = False) -> None:
 
     upper: only the entries on and above the diagonal are wanted (m = n); those below hold anything afterwards. Half
         the work (BLAS calls it syrk, which torch does not offer).
-    bfloat16 on a processor with VDPBF16PS or AMX is multiplied as it is, products exact and sums in float32, in an order that
-    does not depend on the number of threads; everything else as float32 by torch.
+    bfloat16 on a processor with VDPBF16PS or AMX is multiplied as it is, products exact and sums in float32, in an
+    order that does not depend on the number of threads; everything else as float32 by torch.
     """
     native_bf16 = a.dtype == b.dtype == torch.bfloat16 and out.device.type == "cpu" and multiplies_bfloat16()
     for first, second in zip(a.split(TOKENS), b.split(TOKENS), strict=True):
