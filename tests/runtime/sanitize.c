@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "amx.h"
 #include "columns.h"
 #include "gram.h"
 #include "numbers.h"
@@ -134,6 +135,22 @@ static int token_products(int64_t tokens, int64_t rows, int64_t columns, int lev
     return wrong;
 }
 
+#ifdef WANDA_AMX
+/* Other libraries shape tiles once and count on it: a product leaves them as it found them, or without shapes. */
+TARGET_AMX static int tiles_are_put_back(int shaped) {
+    tile_shapes own = {{0}}, found;
+    if (shaped) own.bytes[0] = 1, own.bytes[16] = 8, own.bytes[48] = 3, own.bytes[30] = 64, own.bytes[55] = 16;
+    load_shapes(&own);
+    int wrong = token_products(40, 40, 40, LEVEL_AMX) | one(KIND_BF16, 1, 40, 70, 5, 50);
+    store_shapes(&found);
+    wrong |= memcmp(&own, &found, sizeof own) != 0;
+    const tile_shapes none = {{0}};
+    load_shapes(&none);
+    if (wrong) printf("tiles: not as they were\n");
+    return wrong;
+}
+#endif
+
 static int selections(int64_t rows, int64_t n, int levels) {
     float *scores = malloc((size_t)(rows * n) * 4), *sums = calloc((size_t)n, 4);
     uint8_t *marked = malloc((size_t)(rows * n));
@@ -168,6 +185,9 @@ int main(void) {
     for (int level = LEVEL_AVX512_BF16; level <= best_level(); level++)
         wrong |= token_products(7, 13, 70, level) | token_products(1, 1, 1, level) | token_products(130, 97, 97, level) |
                  token_products(1100, 64, 200, level);
+#ifdef WANDA_AMX
+    if (best_level() >= LEVEL_AMX) wrong |= tiles_are_put_back(0) | tiles_are_put_back(1);
+#endif
     for (int kind = 0; kind < KINDS; kind++)
         for (int w = 0; w < 4; w++)
             for (int h = 0; h < 3; h++)

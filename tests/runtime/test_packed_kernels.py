@@ -82,10 +82,11 @@ def test_products_of_all_widths_and_columns(path: str, dtype: torch.dtype, width
                     assert_product(dense_multiply(weight, x, bias), weight, x, bias)
 
 
-def test_products_of_more_than_a_task_takes(path: str) -> None:
+def test_products_of_more_than_a_task_takes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows, inputs and tokens than any kernel holds at once, none of them a multiple of what it takes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # for more threads, AMX takes more tokens at once
     weight = sparse(301, 1347, 0.5, torch.bfloat16)
-    x, bias = torch.randn(553, 1347).bfloat16(), torch.randn(301).bfloat16()
+    x, bias = torch.randn(2099, 1347).bfloat16(), torch.randn(301).bfloat16()
     assert_product(PackedMatrix.pack(weight).multiply(x, bias), weight, x, bias)
     if path in TILED:
         assert_product(dense_multiply(weight, x, bias), weight, x, bias)
@@ -301,7 +302,7 @@ def test_the_best_path_is_what_the_system_says_the_processor_has() -> None:
             break
         expected += 1
     found = MODULE.best_level()
-    missing = [(2, 3), (2, 4), (3, 4)]  # the last two are not compiled by a compiler without them
+    missing = [(2, 3), (2, 4), (3, 4)]  # by a compiler without them, the last one without the system's permission too
     assert found == expected or (found, expected) in missing
 
 

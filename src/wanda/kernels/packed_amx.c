@@ -21,6 +21,7 @@ enum {
     DEPTH = 640,            /* inputs expanded at a time at most; a multiple of 64 */
     TILES = DEPTH / INPUTS, /* of 16 rows then */
     GROUPS = 32,            /* of 16 tokens, of a task at most: their sums stay in cache */
+    TOKENS = 8 * 16 * GROUPS, /* laid out at a time at most */
 };
 
 typedef struct {
@@ -205,18 +206,30 @@ TARGET_AMX static void run_tasks(void *context, int64_t first, int64_t last) {
 
 int matrix_product_amx(const product *p, int threads, gomp_parallel pool) {
     if (p->m.rows == 0 || p->columns == 0) return 0;
-    const int64_t words = (p->m.width + 63) / 64, groups = (p->columns + 15) / 16;
-    amx_work work = {.p = p, .words = words, .tiles = 2 * words, .blocks = (p->m.rows + ROWS - 1) / ROWS};
+    if (threads < 1) threads = 1;
+    product piece = *p;
+    const int64_t words = (p->m.width + 63) / 64, blocks = (p->m.rows + ROWS - 1) / ROWS;
+    amx_work work = {.p = &piece, .words = words, .tiles = 2 * words, .blocks = blocks};
+    /* A long prompt goes in pieces, whose copies stay in the cache and take no memory worth speaking of: as many tokens as
+       give each thread eight full tasks, or those that are done would wait for the others too often. */
+    const int64_t tasks = (8 * (int64_t)threads + blocks - 1) / blocks, step = 16 * GROUPS * tasks;
+    const int64_t most = step < TOKENS ? step : TOKENS, longest = p->columns < most ? p->columns : most;
     const int64_t turns = (64 * words + DEPTH - 1) / DEPTH; /* alike, since each costs the sums another way to memory */
     work.depth = turns ? (words + turns - 1) / turns * 64 : DEPTH;
-    work.x = aligned_alloc(64, (size_t)(groups * work.tiles * SIZE) * sizeof *work.x + 64);
+    work.x = aligned_alloc(64, (size_t)((longest + 15) / 16 * work.tiles * SIZE) * sizeof *work.x + 64);
     if (!work.x) return -1;
     /* Enough tasks for all threads; a split of the tokens costs another expansion of the weights. */
-    const int64_t splits = work.blocks >= 2 * threads ? 1 : (2 * threads + work.blocks - 1) / work.blocks;
-    work.groups = ((groups + splits - 1) / splits + 1) / 2 * 2;
-    if (work.groups > GROUPS) work.groups = GROUPS;
-    parallel_for(lay_out_tokens, &work, groups, 1, threads, pool);
-    parallel_for(run_tasks, &work, (groups + work.groups - 1) / work.groups * work.blocks, 1, threads, pool);
+    const int64_t splits = blocks >= 2 * threads ? 1 : (2 * threads + blocks - 1) / blocks;
+    for (int64_t token = 0; token < p->columns; token += most) {
+        piece.x = (const uint16_t *)p->x + token * p->x_stride;
+        piece.out = (uint16_t *)p->out + token * p->out_stride;
+        piece.columns = p->columns - token < most ? p->columns - token : most;
+        const int64_t groups = (piece.columns + 15) / 16;
+        work.groups = ((groups + splits - 1) / splits + 1) / 2 * 2;
+        if (work.groups > GROUPS) work.groups = GROUPS;
+        parallel_for(lay_out_tokens, &work, groups, 1, threads, pool);
+        parallel_for(run_tasks, &work, (groups + work.groups - 1) / work.groups * blocks, 1, threads, pool);
+    }
     free(work.x);
     return 0;
 }
