@@ -59,7 +59,7 @@ def level() -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself (VDPBF16PS), and may."""
+    """Whether this processor multiplies bfloat16 itself (VDPBF16PS, TDPBF16PS), and may."""
     return native() is not None and level() >= LEVELS.index("avx512_bf16")
 
 

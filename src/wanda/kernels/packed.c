@@ -46,7 +46,8 @@ int skipping_pays(const matrix *m) { return 10 * (int64_t)m->offsets[m->rows] <=
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool) {
     const matrix *m = &p->m;
     const int in_bf16 = level >= LEVEL_AVX512_BF16 && m->kind == KIND_BF16 && p->kind == KIND_BF16;
-    if (in_bf16 && level >= LEVEL_AMX && p->columns > AMX_COLUMNS) return matrix_product_amx(p, threads, pool);
+    if (in_bf16 && level >= LEVEL_AMX && p->columns > (m->mask ? AMX_COLUMNS : FEW_COLUMNS))
+        return matrix_product_amx(p, threads, pool);
     if (in_bf16 && p->columns > FEW_COLUMNS) return matrix_product_tiled(p, threads, pool);
     if (level == LEVEL_AVX2 && (p->columns > MOST_COLUMNS || (p->columns > SOME_COLUMNS && skipping_pays(m))))
         return matrix_product_spmm(p, threads, pool);

@@ -9,8 +9,8 @@
 
 enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
-       AMX_COLUMNS = 3,   /* above that many the product with tiles is faster, where there is one, */
-       FEW_COLUMNS = 8,   /* above these the tiled product of vectors, */
+       AMX_COLUMNS = 5,   /* above that many AMX is faster with a packed matrix, where there is AMX, */
+       FEW_COLUMNS = 8,   /* above these with a dense one, and the tiled product of vectors, */
        SOME_COLUMNS = 12, /* and above these the one that skips zeros, where that pays */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 

@@ -93,7 +93,7 @@ class PackedTable:
 
 
 class FastLinear(nn.Linear):
-    """nn.Linear of bfloat16 on a CPU with AVX-512 BF16; few tokens take our own dense kernel, which beats torch's."""
+    """nn.Linear of bfloat16 where we have a dense kernel (`tiled`); few tokens take it, since it beats torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
