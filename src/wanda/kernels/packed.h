@@ -66,7 +66,8 @@ int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
 int matrix_product_amx(const product *p, int threads, gomp_parallel pool);
 
 /* out [columns, rows] for any number of columns and any kind: removed weights are skipped, survivors multiplied in
-   float32, by the instructions of a level. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not compiled. */
+   float32, by the instructions of a level. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not
+   compiled. */
 int matrix_product_spmm(const product *p, int level, int threads, gomp_parallel pool);
 
 #endif

@@ -1,8 +1,8 @@
 /* Many columns (prefill) where only float32 multiplies fast: a product that skips the weights that were removed.
 
    A task takes some rows of the matrix and up to 64 tokens (AVX2) or 128 (AVX-512). 64 inputs of its tokens at a time, as
-   many as a word of the mask has bits, are turned into its first-level cache ([inputs, tokens]); then every survivor of a row is
-   multiplied with one input of all tokens, whose sums are in registers. So half the weights take half the
+   many as a word of the mask has bits, are turned into its first-level cache ([inputs, tokens]); then every survivor of a row
+   is multiplied with one input of all tokens, whose sums are in registers. So half the weights take half the
    multiplications, which no dense product can do; reading the mask bit by bit is paid once for all tokens.
 
    AVX2 and AVX-512 differ in the loop over survivors alone; tokens and sums are turned by AVX2 for both. */
