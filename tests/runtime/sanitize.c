@@ -86,8 +86,8 @@ static int one(int kind, int own, int64_t rows, int64_t width, int64_t columns, 
             matrix_product(&p, level, 2, 0);
             wrong |= compare(&p, dense, "rows", level);
         }
-        if (level == LEVEL_AVX2) {
-            matrix_product_spmm(&p, 2, 0);
+        if (level == LEVEL_AVX2 || level == LEVEL_AVX512) { /* those above have the latter's */
+            matrix_product_spmm(&p, level, 2, 0);
             wrong |= compare(&p, dense, "spmm", level);
         }
         if (tiles) {
@@ -179,7 +179,7 @@ static int selections(int64_t rows, int64_t n, int levels) {
 }
 
 int main(void) {
-    const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49, 150}, columns[] = {1, 5, 16, 17, 70};
+    const int64_t widths[] = {1, 65, 200, 1030}, heights[] = {1, 49, 150}, columns[] = {1, 5, 16, 17, 70, 150};
     const int percents[] = {0, 3, 50, 100};
     int wrong = 0;
     for (int level = LEVEL_AVX512_BF16; level <= best_level(); level++)
@@ -191,7 +191,7 @@ int main(void) {
     for (int kind = 0; kind < KINDS; kind++)
         for (int w = 0; w < 4; w++)
             for (int h = 0; h < 3; h++)
-                for (int c = 0; c < 5; c++)
+                for (int c = 0; c < 6; c++)
                     for (int s = 0; s < 4; s++)
                         for (int own = kind == KIND_F32; own < 2; own++)
                             wrong |= one(kind, own, heights[h], widths[w], columns[c], percents[s]);

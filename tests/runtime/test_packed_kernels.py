@@ -158,7 +158,7 @@ def test_any_number_of_threads_gives_the_same_bits(path: str, monkeypatch: pytes
             results.append([packed.multiply(x) for x in xs])
     finally:
         torch.set_num_threads(before)
-    own = [path != "torch" and (len(x) <= COLUMNS or path in ("avx2", *TILED)) for x in xs]
+    own = [path != "torch" and (len(x) <= COLUMNS or path != "portable") for x in xs]
     for other in results:
         for ours, found, first, x in zip(own, other, results[0], xs, strict=True):
             assert_product(found, packed.dense(), x, None)
@@ -203,16 +203,21 @@ def test_what_a_kernel_cannot_take_is_refused() -> None:
             packed.multiply(x, bias.bfloat16())
 
 
-@pytest.mark.skipif("avx2" not in PATHS, reason="the product that skips zeros needs AVX2")
-def test_zeros_are_skipped_where_at_most_70_percent_survive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """70 and 71 of 100; the one threshold decides in C, for few tokens, and here, for many."""
-    force("avx2", monkeypatch)
-    for survivors, expanded in ((70, False), (71, True)):
+SKIPPING = [path for path in PATHS if path not in ("portable", "torch")]
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_zeros_are_skipped_where_few_enough_weights_survive(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100: up to 70 with AVX2, 60 above; the one threshold decides in C, for few tokens, and here, for many."""
+    force(name, monkeypatch)
+    most = 70 if name == "avx2" else 60
+    for survivors, expanded in ((most, False), (most + 1, True)):
         weight = torch.zeros(100)
         weight[:survivors] = torch.randn(survivors)
         weight = weight.reshape(10, 10)
         packed = PackedMatrix.pack(weight)
-        assert MODULE is not None and MODULE.packed_skipping_pays(*packed._description) is not expanded
+        pays = MODULE is not None and MODULE.packed_skipping_pays(*packed._description, natives.LEVELS.index(name))
+        assert pays is not expanded
         with pytest.MonkeyPatch.context() as patch:
             dense = Mock(side_effect=packed.dense)
             patch.setattr(PackedMatrix, "dense", dense)
@@ -220,6 +225,43 @@ def test_zeros_are_skipped_where_at_most_70_percent_survive(monkeypatch: pytest.
                 x = torch.randn(columns, 10)
                 assert_product(packed.multiply(x), weight, x, None)
         assert dense.called is expanded
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_inputs_do_not_meet_removed_weights(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(name, monkeypatch)
+    weight = sparse(70, 100, 0.5, dtype)
+    weight[::2, 3] = 0
+    weight[1::2, 3] = 1
+    for value in (torch.inf, torch.nan):
+        x = torch.randn(131, 100)
+        x[:, 3] = value
+        found = PackedMatrix.pack(weight).multiply(x)
+        without = weight.clone()
+        without[:, 3] = 0
+        assert_product(found[:, ::2], without[::2], x.nan_to_num(posinf=0), None)
+        assert not found[:, 1::2].isfinite().any()
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_beyond_the_type_are_what_torch_makes_of_them(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties, overflow, subnormals, infinity and NaN, rounded from float32: one survivor a row copies its input."""
+    force(name, monkeypatch)
+    x = torch.tensor([1.0, -3e38, 65519.0, 65520.0, 1e-7, 2**-24, -0.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    x = x[:, None].expand(10, 16).repeat(13, 1).contiguous()
+    bias = torch.full((16,), 0.00390625).to(dtype)
+    weight = torch.zeros(16, 16, dtype=dtype).fill_diagonal_(1.0)
+    packed = PackedMatrix.pack(weight)
+    expected = (x.float() + bias.float()).to(dtype)
+    if name in TILED and dtype == torch.bfloat16:
+        pytest.skip("zero times infinity is NaN there")
+    torch.testing.assert_close(packed.multiply(x, bias), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", PATHS)

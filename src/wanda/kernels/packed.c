@@ -41,7 +41,10 @@ static void run_rows(void *context, int64_t first, int64_t last) {
     work->kernel(&work->job, first, last);
 }
 
-int skipping_pays(const matrix *m) { return 10 * (int64_t)m->offsets[m->rows] <= 7 * m->rows * m->width; }
+int skipping_pays(const matrix *m, int level) {
+    const int64_t tenths = level >= LEVEL_AVX512 ? 6 : 7;
+    return 10 * (int64_t)m->offsets[m->rows] <= tenths * m->rows * m->width;
+}
 
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool) {
     const matrix *m = &p->m;
@@ -49,8 +52,9 @@ int matrix_product(const product *p, int level, int threads, gomp_parallel pool)
     if (in_bf16 && level >= LEVEL_AMX && p->columns > (m->mask ? AMX_COLUMNS : FEW_COLUMNS))
         return matrix_product_amx(p, threads, pool);
     if (in_bf16 && p->columns > FEW_COLUMNS) return matrix_product_tiled(p, threads, pool);
-    if (level == LEVEL_AVX2 && (p->columns > MOST_COLUMNS || (p->columns > SOME_COLUMNS && skipping_pays(m))))
-        return matrix_product_spmm(p, threads, pool);
+    const int some = level == LEVEL_AVX2 && p->columns > SOME_COLUMNS && skipping_pays(m, level);
+    if (level >= LEVEL_AVX2 && (some || p->columns > MOST_COLUMNS))
+        return matrix_product_spmm(p, level, threads, pool);
     rows_work work = {.job = {.p = p, .words = (m->width + 63) / 64, .stored = (int)p->columns}};
     int lane = 1, as_float = 1, split = 0;
     work.kernel = portable_rows;

@@ -11,7 +11,7 @@ enum { KIND_BF16, KIND_F16, KIND_F32, KINDS };
 enum { MOST_COLUMNS = 16, /* of the matrix-vector kernels */
        AMX_COLUMNS = 5,   /* above that many AMX is faster with a packed matrix, where there is AMX, */
        FEW_COLUMNS = 8,   /* above these with a dense one, and the tiled product of vectors, */
-       SOME_COLUMNS = 12, /* and above these the one that skips zeros, where that pays */
+       SOME_COLUMNS = 12, /* and above these, at LEVEL_AVX2, the one that skips zeros, where that pays */
        SLACK = 32 };      /* readable values behind the last one, so that whole vectors can be loaded */
 
 /* values: the survivors row by row; or, with mask == NULL, all [rows, width] values of a dense matrix. */
@@ -35,12 +35,12 @@ typedef struct {
     const void *bias; /* [rows] or NULL */
 } product;
 
-/* Whether at most 70% of the weights survive: up to there the product that skips the others is faster than a dense one of
-   the same instructions (docs/runtime.md). */
-int skipping_pays(const matrix *m);
+/* Whether few enough weights survive that the product which skips the others is as fast as what there is otherwise
+   (docs/runtime.md): 70%, and from LEVEL_AVX512 on, where it is loading that binds, 60%. */
+int skipping_pays(const matrix *m, int level);
 
-/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number at LEVEL_AVX2, and where there is a tiled
-   product. A dense matrix only there. */
+/* 0, or -1 when memory is short. Up to MOST_COLUMNS columns; any number from LEVEL_AVX2 on. A dense matrix only where
+   there is a tiled product. */
 int matrix_product(const product *p, int level, int threads, gomp_parallel pool);
 
 /* Writes rows [first, last) as dense [last - first, width] elements of a kind: the matrix's, or KIND_F32. */
@@ -66,7 +66,8 @@ int matrix_product_tiled(const product *p, int threads, gomp_parallel pool);
 int matrix_product_amx(const product *p, int threads, gomp_parallel pool);
 
 /* out [columns, rows] for any number of columns and any kind: removed weights are skipped, survivors multiplied in
-   float32. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not compiled. */
-int matrix_product_spmm(const product *p, int threads, gomp_parallel pool);
+   float32, by the instructions of a level. Only from LEVEL_AVX2 on, and not for dense matrices. 0, or -1 where it is not
+   compiled. */
+int matrix_product_spmm(const product *p, int level, int threads, gomp_parallel pool);
 
 #endif

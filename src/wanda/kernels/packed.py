@@ -228,9 +228,9 @@ class PackedMatrix:
 
     def _multiplies_many(self, module: ModuleType, computed: torch.dtype) -> bool:
         """Whether a kernel of our own takes more than COLUMNS columns, and is not slower than torch at that."""
-        if LEVELS[level()] == "avx2":
-            return bool(module.packed_skipping_pays(*self._description))
-        return tiled(self.dtype) and computed == self.dtype
+        if tiled(self.dtype) and computed == self.dtype:
+            return True
+        return level() >= LEVELS.index("avx2") and bool(module.packed_skipping_pays(*self._description, level()))
 
 
 def tiled(dtype: torch.dtype) -> bool:

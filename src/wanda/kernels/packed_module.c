@@ -38,13 +38,13 @@ static PyObject *multiply(PyObject *self, PyObject *const *arguments, Py_ssize_t
     Py_RETURN_NONE;
 }
 
-/* kind rows width mask offsets values -> bool */
+/* kind rows width mask offsets values | level -> bool */
 static PyObject *pays(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     int64_t a[MOST_ARGUMENTS];
     (void)self;
-    if (!integers(arguments, given, 6, a)) return NULL;
+    if (!integers(arguments, given, 7, a)) return NULL;
     const matrix m = matrix_of(a);
-    return PyBool_FromLong(skipping_pays(&m));
+    return PyBool_FromLong(skipping_pays(&m, (int)a[6]));
 }
 
 /* kind rows width mask offsets values | level threads pool | first last kind out */

@@ -1,34 +1,37 @@
 /* Many columns (prefill) where only float32 multiplies fast: a product that skips the weights that were removed.
 
-   A task takes some rows of the matrix and up to TOKENS tokens. 64 inputs of its tokens at a time, as many as a word of
-   the mask has bits, are turned into its first-level cache ([inputs, tokens]); then every survivor of a row is
-   multiplied with one input of all tokens, whose sums are in registers. So half the weights take half the
-   multiplications, which no dense product can do; reading the mask bit by bit is paid once for all tokens. */
+   A task takes some rows of the matrix and up to 64 tokens (AVX2) or 128 (AVX-512). 64 inputs of its tokens at a time, as
+   many as a word of the mask has bits, are turned into its first-level cache ([inputs, tokens]); then every survivor of a row
+   is multiplied with one input of all tokens, whose sums are in registers. So half the weights take half the
+   multiplications, which no dense product can do; reading the mask bit by bit is paid once for all tokens.
+
+   AVX2 and AVX-512 differ in the loop over survivors alone; tokens and sums are turned by AVX2 for both. */
 #include "packed_rows.h"
 
 #ifdef WANDA_X86
 #define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
+#define TARGET_512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 
 enum {
-    VECTORS = 8, /* of eight tokens, in registers; more gain nothing and leave less of the cache */
-    TOKENS = 8 * VECTORS,
-    DEPTH = 64, /* inputs at a time: the bits of a word of the mask */
-    ROWS = 512, /* of a task at most: their sums stay in the second-level cache */
+    VECTORS = 8,           /* of tokens, in registers; more gain nothing and leave less of the first-level cache */
+    TOKENS = 16 * VECTORS, /* of a task at most */
+    DEPTH = 64,            /* inputs at a time: the bits of a word of the mask */
+    ROWS = 768,            /* of a task at most: their sums stay in the second-level cache */
 };
-
-typedef struct {
-    const product *p;
-    int64_t words;  /* 64-bit mask words in a row */
-    int64_t blocks; /* of rows */
-    int64_t rows;   /* of a block, a multiple of 8 */
-    int64_t tokens; /* of a task, a multiple of 8 */
-} spmm_work;
 
 /* What a thread works in; its own for good, since memory that is handed out anew costs a page fault every 4 KiB. */
 static _Thread_local struct {
     _Alignas(64) float x[DEPTH * TOKENS];   /* [inputs, tokens] */
     _Alignas(64) float sums[ROWS * TOKENS]; /* [rows, tokens] */
 } scratch;
+
+/* A task: rows [row, row + rows) and tokens [token, token + tokens) of the product. */
+typedef struct {
+    const product *p;
+    int64_t row, rows, token, tokens, words;
+    float *x, *sums; /* scratch memory, reached from here: the compiler looks a thread's own variable up for every use */
+    int64_t at[ROWS]; /* where the values of each row go on */
+} spmm_task;
 
 /* lanes[i] lane j becomes lanes[j] lane i. */
 TARGET INLINE void transpose(__m256 lanes[8]) {
@@ -68,74 +71,105 @@ TARGET INLINE __m256 load_some(int kind, const void *from, int64_t at, int64_t c
     return _mm256_loadu_ps(some);
 }
 
-/* Inputs [start, start + DEPTH) of a task's tokens, as far as there are any, to [inputs, 8 vectors]; zeros for tokens
-   that are not there. */
-TARGET INLINE void lay_out(const product *p, int64_t token, int64_t tokens, int64_t start, float *to, const int vectors) {
-    const int64_t inputs = p->m.width - start < DEPTH ? p->m.width - start : DEPTH;
-    for (int64_t t = 0; t < 8 * vectors; t += 8) {
+/* The inputs of a word of the mask, as far as there are any, to [inputs, room for tokens]; zeros for tokens that are not
+   there. */
+TARGET INLINE void lay_out(const spmm_task *task, int64_t word, const int room) {
+    const product *p = task->p;
+    const int64_t start = DEPTH * word, inputs = p->m.width - start < DEPTH ? p->m.width - start : DEPTH;
+    for (int64_t t = 0; t < room; t += 8) {
         for (int64_t j = 0; j < inputs; j += 8) {
             __m256 lanes[8];
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++)
-                lanes[i] = t + i < tokens
-                               ? load_some(p->kind, p->x, (token + t + i) * p->x_stride + start + j, inputs - j)
+                lanes[i] = t + i < task->tokens
+                               ? load_some(p->kind, p->x, (task->token + t + i) * p->x_stride + start + j, inputs - j)
                                : _mm256_setzero_ps();
             transpose(lanes);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) _mm256_store_ps(to + (j + i) * 8 * vectors + t, lanes[i]);
+            for (int i = 0; i < 8; i++) _mm256_store_ps(task->x + (j + i) * room + t, lanes[i]);
         }
     }
 }
 
-/* The sums of rows [row, row + 8) as far as there are any, with the bias, to the result. */
-TARGET INLINE void store_rows(const product *p, int64_t row, int64_t token, int64_t tokens, const float *sums,
-                              const int vectors) {
-    const int64_t left = p->m.rows - row;
-    const __m256 bias = p->bias ? load_some(p->kind, p->bias, row, left) : _mm256_setzero_ps();
-    for (int64_t t = 0; t < tokens; t += 8) {
-        __m256 lanes[8];
+/* Eight sums as elements of a kind. */
+TARGET INLINE void store8(int kind, void *to, int64_t at, __m256 sums) {
+    if (kind == KIND_F32) {
+        _mm256_storeu_ps((float *)to + at, sums);
+        return;
+    }
+    __m128i halves;
+    if (kind == KIND_F16) {
+        halves = _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT);
+    } else { /* to_bf16 */
+        const __m256i bits = _mm256_castps_si256(sums), high = _mm256_srli_epi32(bits, 16), one = _mm256_set1_epi32(1);
+        const __m256i up = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, one));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(sums, sums, _CMP_UNORD_Q));
+        const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+        halves = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    }
+    _mm_storeu_si128((__m128i *)((uint16_t *)to + at), halves);
+}
+
+/* The sums of a task's rows [first, first + 16) as far as there are any, with the bias, to the result: as many as fill a
+   line of the cache, which would be fetched again for the others. */
+TARGET INLINE void store_rows(const spmm_task *task, int64_t first, const int room) {
+    const product *p = task->p;
+    for (int64_t t = 0; t < task->tokens; t += 8) {
+        for (int64_t r = first; r < first + 16 && r < task->rows; r += 8) {
+            const int64_t row = task->row + r, left = p->m.rows - row;
+            const __m256 bias = p->bias ? load_some(p->kind, p->bias, row, left) : _mm256_setzero_ps();
+            __m256 lanes[8];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) lanes[i] = _mm256_load_ps(sums + i * 8 * vectors + t);
-        transpose(lanes);
+            for (int i = 0; i < 8; i++) lanes[i] = _mm256_load_ps(task->sums + (r + i) * room + t);
+            transpose(lanes);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            if (t + i >= tokens) break;
-            const int64_t at = (token + t + i) * p->out_stride + row;
-            const __m256 sum = _mm256_add_ps(lanes[i], bias);
-            if (p->kind == KIND_F32 && left >= 8) {
-                _mm256_storeu_ps((float *)p->out + at, sum);
-            } else {
-                float some[8];
-                _mm256_storeu_ps(some, sum);
-                for (int64_t r = 0; r < 8 && r < left; r++) store_value(p->kind, p->out, at + r, some[r]);
+            for (int i = 0; i < 8; i++) {
+                if (t + i >= task->tokens) break;
+                const int64_t at = (task->token + t + i) * p->out_stride + row;
+                const __m256 sum = _mm256_add_ps(lanes[i], bias);
+                if (left >= 8) {
+                    store8(p->kind, p->out, at, sum);
+                } else {
+                    float some[8];
+                    _mm256_storeu_ps(some, sum);
+                    for (int64_t j = 0; j < left; j++) store_value(p->kind, p->out, at + j, some[j]);
+                }
             }
         }
     }
 }
 
-/* A task: rows [row, row + rows) and tokens [token, token + tokens) of the product. */
-typedef struct {
-    const product *p;
-    int64_t row, rows, token, tokens, words;
-    float *x, *sums; /* scratch memory, reached from here: the compiler looks a thread's own variable up for every use */
-    int64_t at[ROWS]; /* where the values of each row go on */
-} spmm_task;
+/* Asks memory for what no processor foresees: the values that a row goes on with after all other rows, and, once they are
+   nearer, those of a row soon after it. */
+TARGET INLINE void ask_ahead(const spmm_task *task, int64_t r, int64_t word) {
+    const matrix *m = &task->p->m;
+    const char *next = value_at(m, task->at[r]), *soon = value_at(m, task->at[r + 4 < task->rows ? r + 4 : r]);
+    _mm_prefetch((const char *)(m->mask + (task->row + r) * task->words + word + 2), _MM_HINT_T1);
+#pragma GCC unroll 3
+    for (int i = 0; i < 192; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+#pragma GCC unroll 2
+    for (int i = 0; i < 128; i += 64) _mm_prefetch(soon + i, _MM_HINT_T0);
+}
+
+/* The survivors of a word of the mask of a row as float32; the row goes on behind them. */
+TARGET INLINE const float *take_survivors(spmm_task *task, int64_t r, int64_t word, uint64_t bits, float *converted) {
+    const matrix *m = &task->p->m;
+    const int64_t count = __builtin_popcountll(bits), at = task->at[r];
+    task->at[r] = at + count;
+    ask_ahead(task, r, word);
+    if (m->kind == KIND_F32) return (const float *)m->values + at;
+    for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(converted + i, load8(m->kind, m->values, at + i));
+    return converted;
+}
 
 /* Adds the survivors of a word of the mask of each row, times their inputs, to the sums of all tokens. */
-TARGET INLINE void add_survivors(spmm_task *task, int64_t word, const int vectors) {
-    const matrix *m = &task->p->m;
+TARGET INLINE void avx2_add(spmm_task *task, int64_t word, const int vectors) {
     for (int64_t r = 0; r < task->rows; r++) {
         const float *x = task->x;
-        float *sums = task->sums + r * 8 * vectors;
-        uint64_t bits = m->mask[(task->row + r) * task->words + word];
-        const int64_t count = __builtin_popcountll(bits), at = task->at[r];
-        _Alignas(32) float converted[DEPTH];
-        const float *w = converted;
-        if (m->kind == KIND_F32)
-            w = (const float *)m->values + at;
-        else
-            for (int64_t i = 0; i < count; i += 8) _mm256_store_ps(converted + i, load8(m->kind, m->values, at + i));
-        task->at[r] = at + count;
+        float *sums = task->sums + r * 8 * vectors, converted[DEPTH];
+        uint64_t bits = task->p->m.mask[(task->row + r) * task->words + word];
+        const float *w = take_survivors(task, r, word, bits, converted);
         __m256 held[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) held[v] = _mm256_load_ps(sums + 8 * v);
@@ -151,23 +185,56 @@ TARGET INLINE void add_survivors(spmm_task *task, int64_t word, const int vector
     }
 }
 
-TARGET INLINE void run_with(spmm_task *task, const int vectors) {
-    const product *p = task->p;
-    for (int64_t r = 0; r < task->rows; r++) task->at[r] = p->m.offsets[task->row + r];
-    memset(task->sums, 0, (size_t)((task->rows + 7) / 8 * 8 * 8 * vectors) * sizeof *task->sums);
-    for (int64_t word = 0; word < task->words; word++) {
-        lay_out(p, task->token, task->tokens, DEPTH * word, task->x, vectors);
-        add_survivors(task, word, vectors);
+/* The same. Two rows at a time, which share what they load, and several sums for few tokens were no faster. */
+TARGET_512 INLINE void avx512_add(spmm_task *task, int64_t word, const int vectors) {
+    for (int64_t r = 0; r < task->rows; r++) {
+        const float *x = task->x;
+        float *sums = task->sums + r * 16 * vectors, converted[DEPTH];
+        uint64_t bits = task->p->m.mask[(task->row + r) * task->words + word];
+        const float *w = take_survivors(task, r, word, bits, converted);
+        __m512 held[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) held[v] = _mm512_load_ps(sums + 16 * v);
+        while (bits) {
+            const float *input = x + _tzcnt_u64(bits) * (uint64_t)(16 * vectors);
+            const __m512 weight = _mm512_set1_ps(*w++);
+            bits = _blsr_u64(bits);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) held[v] = _mm512_fmadd_ps(weight, _mm512_load_ps(input + 16 * v), held[v]);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) _mm512_store_ps(sums + 16 * v, held[v]);
     }
-    for (int64_t r = 0; r < task->rows; r += 8)
-        store_rows(p, task->row + r, task->token, task->tokens, task->sums + r * 8 * vectors, vectors);
 }
 
-/* A function for each number of vectors: in one, the compiler keeps no sums in registers. */
-#define RUN(vectors) \
-    TARGET __attribute__((noinline)) static void run_##vectors(spmm_task *task) { run_with(task, vectors); }
-RUN(1) RUN(2) RUN(3) RUN(4) RUN(5) RUN(6) RUN(7) RUN(8)
-static void (*const RUNS[])(spmm_task *) = {run_1, run_2, run_3, run_4, run_5, run_6, run_7, run_8};
+/* A function for each number of vectors of a level: in one, the compiler keeps no sums in registers. */
+#define RUN(level, target, lanes, vectors)                                                                            \
+    target __attribute__((noinline)) static void level##_##vectors(spmm_task *task) {                                 \
+        for (int64_t r = 0; r < task->rows; r++) task->at[r] = task->p->m.offsets[task->row + r];                     \
+        memset(task->sums, 0, (size_t)((task->rows + 7) / 8 * 8 * lanes * vectors) * sizeof *task->sums);             \
+        for (int64_t word = 0; word < task->words; word++) {                                                          \
+            lay_out(task, word, lanes * vectors);                                                                     \
+            level##_add(task, word, vectors);                                                                         \
+        }                                                                                                             \
+        for (int64_t r = 0; r < task->rows; r += 16) store_rows(task, r, lanes * vectors);                            \
+    }
+#define RUNS(level, target, lanes)                                                                                    \
+    RUN(level, target, lanes, 1) RUN(level, target, lanes, 2) RUN(level, target, lanes, 3) RUN(level, target, lanes, 4)\
+    RUN(level, target, lanes, 5) RUN(level, target, lanes, 6) RUN(level, target, lanes, 7) RUN(level, target, lanes, 8)\
+    static void (*const level##_runs[VECTORS])(spmm_task *) = {level##_1, level##_2, level##_3, level##_4,            \
+                                                               level##_5, level##_6, level##_7, level##_8};
+RUNS(avx2, TARGET, 8)
+RUNS(avx512, TARGET_512, 16)
+
+typedef struct {
+    const product *p;
+    int64_t words;  /* 64-bit mask words in a row */
+    int64_t blocks; /* of rows */
+    int64_t rows;   /* of a block, a multiple of 16 */
+    int64_t tokens; /* of a task, a multiple of the lanes */
+    int lanes;      /* of a vector */
+    void (*const *runs)(spmm_task *); /* for each number of vectors */
+} spmm_work;
 
 static void run_tasks(void *context, int64_t first, int64_t last) {
     const spmm_work *work = context;
@@ -178,31 +245,36 @@ static void run_tasks(void *context, int64_t first, int64_t last) {
         task.rows = p->m.rows - task.row < work->rows ? p->m.rows - task.row : work->rows;
         task.token = i / work->blocks * work->tokens;
         task.tokens = p->columns - task.token < work->tokens ? p->columns - task.token : work->tokens;
-        RUNS[(task.tokens - 1) / 8](&task);
+        work->runs[(task.tokens - 1) / work->lanes](&task);
     }
 }
 
-static int64_t share_of(int64_t all, int64_t parts) { return ((all + parts - 1) / parts + 7) / 8 * 8; }
+/* What one of some parts takes of all, rounded up to a multiple. */
+static int64_t share_of(int64_t all, int64_t parts, int64_t multiple) {
+    return ((all + parts - 1) / parts + multiple - 1) / multiple * multiple;
+}
 
-int matrix_product_spmm(const product *p, int threads, gomp_parallel pool) {
-    spmm_work work = {.p = p, .words = (p->m.width + 63) / 64};
+int matrix_product_spmm(const product *p, int level, int threads, gomp_parallel pool) {
+    const int wide = level >= LEVEL_AVX512;
+    spmm_work work = {.p = p, .words = (p->m.width + 63) / 64, .lanes = wide ? 16 : 8};
+    work.runs = wide ? avx512_runs : avx2_runs;
     if (p->m.rows == 0 || p->columns == 0) return 0;
-    const int64_t turns = (p->columns + TOKENS - 1) / TOKENS;
-    work.tokens = share_of(p->columns, turns);
+    const int64_t room = work.lanes * VECTORS, turns = (p->columns + room - 1) / room;
+    work.tokens = share_of(p->columns, turns, work.lanes);
     /* Enough tasks that threads which are done help the others, but 64 rows, or laying out the tokens shows. */
     int64_t blocks = (p->m.rows + ROWS - 1) / ROWS;
     const int64_t wanted = threads > 1 ? (4 * threads + turns - 1) / turns : 1, most = p->m.rows / 64;
     const int64_t smaller = wanted < most ? wanted : most;
     if (blocks < smaller) blocks = smaller;
-    work.rows = share_of(p->m.rows, blocks);
+    work.rows = share_of(p->m.rows, blocks, 16);
     work.blocks = (p->m.rows + work.rows - 1) / work.rows;
     const int64_t tasks = (p->columns + work.tokens - 1) / work.tokens * work.blocks;
     parallel_for(run_tasks, &work, tasks, 1, threads, pool);
     return 0;
 }
 #else
-int matrix_product_spmm(const product *p, int threads, gomp_parallel pool) {
-    (void)p, (void)threads, (void)pool;
+int matrix_product_spmm(const product *p, int level, int threads, gomp_parallel pool) {
+    (void)p, (void)level, (void)threads, (void)pool;
     return -1;
 }
 #endif
