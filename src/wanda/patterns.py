@@ -108,7 +108,7 @@ class Unstructured:
 
 
 def _infinite_beside(scores: Tensor, marked: Tensor) -> Tensor:
-    """torch.where(marked, scores, inf) for float32, in a fifth of its time on a CPU: the infinities are bits."""
+    """torch.where(marked, scores, inf) for float32, in 0.4 of its time on a CPU: the infinities are bits."""
     infinities = marked.view(torch.uint8).to(torch.int32).sub_(1).bitwise_and_(_INFINITY).view(torch.float32)
     return clear_lost(scores.clone(), marked).add_(infinities)
 
