@@ -258,9 +258,9 @@ def test_results_beyond_the_type_are_what_torch_makes_of_them(
     bias = torch.full((16,), 0.00390625).to(dtype)
     weight = torch.zeros(16, 16, dtype=dtype).fill_diagonal_(1.0)
     packed = PackedMatrix.pack(weight)
-    expected = (x.float() + bias.float()).to(dtype)
     if name in TILED and dtype == torch.bfloat16:
-        pytest.skip("zero times infinity is NaN there")
+        x = x[x[:, 0].isfinite()]  # zero times infinity is NaN there
+    expected = (x.float() + bias.float()).to(dtype)
     torch.testing.assert_close(packed.multiply(x, bias), expected, rtol=0, atol=0, equal_nan=True)
 
 
